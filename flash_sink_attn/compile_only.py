@@ -1,0 +1,130 @@
+"""Build kernels for a GPU that is not there: for a compile-only sweep, for CI, and to fill Triton's cache ahead.
+
+The process must have been started with FLASH_SINK_ATTN_COMPILE_ONLY=1, so that it neither touches a GPU nor enters
+the interpreter. The kernels go through the ordinary launcher with tensors on the "meta" device, so what is built (and
+lands in Triton's on-disk cache) is what a call with the same shapes, strides and 16-byte aligned pointers will use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flash_sink_attn._mode import COMPILE_ONLY, triton
+from flash_sink_attn.config import Kernel, TileConfig
+from flash_sink_attn.kernels import launch
+
+
+class _AbsentGpu:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._arch, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What the compiler made of one kernel.
+
+    Attributes:
+        registers: per thread.
+        spills: bytes of stack per thread (registers that did not fit).
+        shared_bytes: shared memory of one program.
+        hgmma: Hopper tensor-core instructions in the machine code.
+        binary: hash of the machine code; equal for configurations that compile to the same kernel.
+        sass: the disassembly.
+    """
+
+    registers: int
+    spills: int
+    shared_bytes: int
+    hgmma: int
+    binary: str
+    sass: str = dataclasses.field(repr=False)
+
+
+def _tool(name: str) -> str:
+    """A CUDA binary tool out of Triton's own package."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: expected in Triton's package at {path}")
+    return str(path)
+
+
+def _inspect(compiled: Any) -> Built:
+    cubin: bytes = compiled.asm["cubin"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(cubin)
+        text = subprocess.run([_tool("cuobjdump"), "-res-usage", "-sass", path], capture_output=True, text=True,
+                              check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump: expected a line with REG and STACK, got {text[:200]!r}")
+    sass = "\n".join(line.strip() for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line))
+    return Built(int(usage[1]), int(usage[2]), int(compiled.metadata.shared), len(re.findall(r"\bHGMMA\b", sass)),
+                 hashlib.sha256(sass.encode() + str(compiled.metadata.shared).encode()).hexdigest()[:16], sass)
+
+
+def set_target(arch: int) -> None:
+    """Compile for compute capability ``arch`` (90 for Hopper) from now on.
+
+    Raises:
+        RuntimeError: the process was not started with FLASH_SINK_ATTN_COMPILE_ONLY=1.
+    """
+    if not COMPILE_ONLY:
+        raise RuntimeError("compiling without a GPU: expected FLASH_SINK_ATTN_COMPILE_ONLY=1 in the environment before "
+                           "flash_sink_attn is imported")
+    triton.runtime.driver.set_active(_AbsentGpu(arch))
+
+
+def compile_kernel(
+    kernel: Kernel, config: TileConfig, *, dtype: torch.dtype, batch: int, seqlen_q: int, seqlen_k: int, heads_q: int,
+    heads_kv: int, head_dim: int, head_dim_v: int, window: int | None, varlen: bool = False, sinks: bool = True,
+    arch: int = 90,
+) -> Built:
+    """Build one kernel as a call with contiguous tensors of this shape would use it.
+
+    ``seqlen_q`` and ``seqlen_k`` are per sequence, or total token counts when ``varlen``. Raises what Triton raises.
+    """
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    leading_q, leading_k = ((seqlen_q,), (seqlen_k,)) if varlen else ((batch, seqlen_q), (batch, seqlen_k))
+    q, k, v = (empty(*leading_q, heads_q, head_dim), empty(*leading_k, heads_kv, head_dim),
+               empty(*leading_k, heads_kv, head_dim_v))
+    o = empty(*leading_q, heads_q, head_dim_v)
+    cu = empty(batch + 1, dtype=torch.int32) if varlen else None
+    lse = empty(*((heads_q, seqlen_q) if varlen else (batch, heads_q, seqlen_q)), dtype=torch.float32)
+    sink = empty(heads_q, dtype=torch.float32) if sinks else None
+    sequences = launch.Sequences(batch, seqlen_q, seqlen_k, cu, cu)
+    call: dict[str, Any] = {"sequences": sequences, "window": window, "scale": head_dim**-0.5, "config": config}
+    rows = launch.row_statistics(q, sequences)
+    partials = launch.sink_partials(q, sequences, config) if sinks else None
+    set_target(arch)
+    if kernel == "fwd":
+        compiled = launch.forward(q, k, v, sink, o, lse, **call)
+    elif kernel == "bwd_dq":
+        compiled = launch.backward_dq(q, k, v, sink, o, lse, o, None, q, rows, partials, **call)
+    else:
+        compiled = launch.backward_dkdv(q, k, v, rows, o, k, v, partials, sink, **call)
+    return _inspect(compiled)
