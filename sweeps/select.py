@@ -1,0 +1,329 @@
+"""Trials to decisions: the best configuration of every case, how sure that is, and what its rivals take."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sweeps.cases import Case
+from sweeps.measure import median_interval
+from sweeps.registry import PEERS, is_peer, peer_of
+
+NOT_RUN = "not_run"     # status in best.csv of a case that a run stopped before
+TILE_COLUMNS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+BACKWARD_KERNELS = {"dq": "bwd_dq", "dkdv": "bwd_dkdv"}
+# Of TileConfig, beyond TILE_COLUMNS; written out, so that reading a run needs no kernel.
+TILE_DEFAULTS = {"PACK_GQA": False, "SPLIT_LOOPS": True, "maxnreg": None, "TMA": False}
+_SHORT = {"PACK_GQA": "pack", "SPLIT_LOOPS": "oneloop", "TMA": "tma"}     # what it says where it is not the default
+
+Row = dict[str, Any]
+
+
+def peer_order(impls: Iterable[str]) -> list[str]:
+    """Names of peers in the order of PEERS, a variant after the peer it is one of."""
+    def key(impl: str) -> tuple[int, str]:
+        peer = peer_of(impl)
+        return (len(PEERS) if peer is None else PEERS.index(peer)), impl
+
+    return sorted(set(impls), key=key)
+
+
+def config_json(config: Mapping[str, Any]) -> str:
+    """One text for equal configurations."""
+    return json.dumps(config, sort_keys=True)
+
+
+def config_label(config: Mapping[str, Any]) -> str:
+    """A configuration for people: ``64x32 w4 s3 pack``; for a backward ``dq 64x64 w4 s3 | dkdv 32x64 w4 s3``.
+
+    Beyond tile sizes, warps and stages it shows only what is not TileConfig's default.
+    """
+    nested = [k for k in ("fwd", *BACKWARD_KERNELS.values()) if isinstance(config.get(k), Mapping)]
+    if nested:
+        return " | ".join(f"{k.removeprefix('bwd_')} {config_label(config[k])}" for k in nested)
+    if not {"BLOCK_M", "BLOCK_N"} <= set(config):
+        return " ".join(f"{k}={v}" for k, v in sorted(config.items())) or "default"
+    parts = [f"{config['BLOCK_M']}x{config['BLOCK_N']}"]
+    parts += [f"{short}{config[name]}" for name, short in (("num_warps", "w"), ("num_stages", "s")) if name in config]
+    for name, default in TILE_DEFAULTS.items():
+        value = config.get(name, default)
+        if value != default:
+            parts.append(f"r{value}" if name == "maxnreg" else _SHORT[name])
+    others = sorted(set(config) - set(TILE_COLUMNS) - set(TILE_DEFAULTS))
+    return " ".join(parts + [f"{name}={config[name]}" for name in others])
+
+
+def interval(samples: Sequence[float], median: float) -> tuple[float, float]:
+    """The 95% interval of the median, in the samples' unit.
+
+    Fewer than six samples cannot give 95%: their range is returned, which holds the median with less confidence;
+    without samples the median itself is, twice.
+    """
+    if not samples:
+        return median, median
+    low, high = median_interval(samples) or (min(samples), max(samples))
+    return min(low, median), max(high, median)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One timed candidate of a case; times in ms, ``low`` and ``high`` the 95% interval of the median."""
+
+    impl: str
+    config: Mapping[str, Any]
+    latency_ms: float
+    low: float
+    high: float
+    row: Row
+
+    @classmethod
+    def of(cls, row: Row, config: Mapping[str, Any]) -> Measured:
+        latency = float(row["latency_ms"])
+        return cls(row["impl"], config, latency, *interval(row.get("samples_ms") or (), latency), row)
+
+    @property
+    def label(self) -> str:
+        return config_label(self.config)
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval, relative to the median."""
+        return (self.high - self.low) / 2 / self.latency_ms
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseResult:
+    """What a run says about one case on one card.
+
+    Attributes:
+        gpu, case, model: the card's name as in the rows, the case, and its label ("" = none).
+        rows: every row of the case, in the order of the log.
+        ranked: the candidates of ours that were timed, fastest first.
+        tied: those of ``ranked`` whose interval overlaps the winner's, the winner first.
+        peers: the fastest ok row of each peer, by name, fastest first.
+        peer_failures: status of each peer that has no ok row.
+        eager, flash, default: the rivals of the speedup columns: eager; the fastest FlashAttention or cuDNN row whose
+            result contains the sink; our untuned heuristic. None where the run has none.
+    """
+
+    gpu: str
+    case: Case
+    model: str
+    rows: tuple[Row, ...]
+    ranked: tuple[Measured, ...]
+    tied: tuple[Measured, ...]
+    peers: Mapping[str, Measured]
+    peer_failures: Mapping[str, str]
+    eager: Measured | None
+    flash: Measured | None
+    default: Measured | None
+
+    @property
+    def best(self) -> Measured | None:
+        return self.ranked[0] if self.ranked else None
+
+    @property
+    def runner_up(self) -> Measured | None:
+        return self.ranked[1] if len(self.ranked) > 1 else None
+
+    @property
+    def best_peer(self) -> Measured | None:
+        """The fastest peer whose result contains the sink, as ours does."""
+        return next((m for m in self.peers.values() if m.row.get("applies_sink")), None)
+
+    @property
+    def rivals(self) -> dict[str, Measured | None]:
+        """Who the speedup columns compare with, by the columns' endings."""
+        return {"eager": self.eager, "flash": self.flash, "default": self.default}
+
+    @property
+    def own_rows(self) -> list[Row]:
+        return [r for r in self.rows if not is_peer(r["impl"])]
+
+    @property
+    def margin(self) -> tuple[float, float, float] | None:
+        """By how much the runner-up is slower (0.02 = 2%), with the bounds that the two intervals allow."""
+        if self.best is None or self.runner_up is None:
+            return None
+        a, b = self.best, self.runner_up
+        return b.latency_ms / a.latency_ms - 1, b.low / a.high - 1, b.high / a.low - 1
+
+    def speedup(self, rival: Measured | None) -> float | None:
+        """How many times faster than the rival: its time over our best's, None where one of them is missing."""
+        return None if rival is None or self.best is None else rival.latency_ms / self.best.latency_ms
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The decisions of a run.
+
+    Attributes:
+        results: one per case and card, in the order of the log.
+        rows: all rows, in the order of the log, the speedup columns of the ok ones filled.
+    """
+
+    results: tuple[CaseResult, ...]
+    rows: tuple[Row, ...]
+
+    def on(self, gpu: str) -> Selection:
+        """What was measured on one card; a run resumed on another one holds both."""
+        return Selection(tuple(r for r in self.results if r.gpu == gpu), tuple(r for r in self.rows if r["gpu"] == gpu))
+
+    def get(self, case_id: str) -> CaseResult | None:
+        """The result of a case by its id, the first card's where there are several."""
+        return next((r for r in self.results if r.case.id == case_id), None)
+
+
+def select(rows: Iterable[Mapping[str, Any]]) -> Selection:
+    """Choose the best configuration of every case.
+
+    The winner is the timed ok row of ours with the lowest ``latency_ms``; of equal ones the first by implementation and
+    configuration text: the order of the log plays no part. A configuration measured several times counts with its last
+    ok row. What the noise does not separate from the winner is its tie set.
+
+    An untuned default that cannot tell what it chooses is logged with the configuration {}. It stands for the one whose
+    machine code is the same, and is a candidate of its own only where that was not measured by name. Where nothing
+    tells which it chose, it wins only if the noise separates it from every named one.
+
+    Args:
+        rows: rows of a trial log, see ``sweeps.rows.make_row``.
+    """
+    filled = [dict(r) for r in rows]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in filled:
+        groups.setdefault((row["gpu"], row["case"]), []).append(row)
+    results = tuple(_case_result(group) for group in groups.values())
+    for result in results:
+        _fill_speedups(result)
+    return Selection(results, tuple(filled))
+
+
+def _case_result(rows: list[Row]) -> CaseResult:
+    timed = [r for r in rows if r["status"] == "ok" and r.get("latency_ms") is not None]
+    ranked = _rank([r for r in timed if not is_peer(r["impl"])], rows)
+    peers: dict[str, Measured] = {}
+    for m in sorted((Measured.of(r, r.get("config") or {}) for r in timed if is_peer(r["impl"])),
+                    key=lambda m: (m.latency_ms, m.impl, config_json(m.config))):
+        peers.setdefault(m.impl, m)
+    # of several implementations under test, ours sets the mark
+    defaults = [r for r in timed if r.get("is_default") and not is_peer(r["impl"])]
+    default = max(defaults, key=lambda r: r["impl"] == "triton", default=None)
+    return CaseResult(
+        gpu=rows[0]["gpu"],
+        case=Case.from_dict(rows[0]["case_fields"]),
+        model=next((r["model"] for r in rows if r.get("model")), ""),
+        rows=tuple(rows),
+        ranked=tuple(ranked),
+        tied=tuple(m for m in ranked if m.low <= ranked[0].high),
+        peers=peers,
+        peer_failures={r["impl"]: r["status"] for r in rows if is_peer(r["impl"]) and r["impl"] not in peers},
+        eager=peers.get("eager"),
+        flash=next((m for m in peers.values() if m.row.get("is_flash") and m.row.get("applies_sink")), None),
+        default=None if default is None else Measured.of(default, _resolved(default, rows)),
+    )
+
+
+def _rank(own: list[Row], rows: list[Row]) -> list[Measured]:
+    """Our candidates, the winner first and then by time."""
+    latest: dict[tuple[str, str], Measured] = {}
+    # named ones last, so that they take the place of an untuned default that chose the same
+    for row in sorted(own, key=lambda r: bool(r.get("config"))):
+        config = _resolved(row, rows)
+        latest[row["impl"], config_json(config)] = Measured.of(row, config)
+    ranked = sorted(latest.values(), key=lambda m: (m.latency_ms, m.impl, config_json(m.config)))
+    named = next((m for m in ranked if m.config), None)
+    if named and not ranked[0].config and named.low <= ranked[0].high:
+        ranked.remove(named)
+        ranked.insert(0, named)
+    return ranked
+
+
+def _resolved(row: Row, rows: list[Row]) -> Mapping[str, Any]:
+    """The configuration a row ran with; {} for an untuned default of which nothing tells what it chose."""
+    if row.get("config") or not row.get("is_default"):
+        return row.get("config") or {}
+    same = (r["config"] for r in rows if r["impl"] == row["impl"] and r.get("config") and r["status"] != "duplicate"
+            and row.get("binary") and r.get("binary") == row["binary"])
+    return next(same, {})
+
+
+def _fill_speedups(result: CaseResult) -> None:
+    for row in result.rows:
+        for name, rival in result.rivals.items():
+            timed = row["status"] == "ok" and row.get("latency_ms") is not None
+            row[f"speedup_vs_{name}"] = rival.latency_ms / row["latency_ms"] if timed and rival is not None else None
+
+
+def tile_columns(config: Mapping[str, Any]) -> Row:
+    """BLOCK_M, BLOCK_N, num_warps and num_stages; for a pair of backward kernels dq_BLOCK_M ... dkdv_num_stages."""
+    out: Row = {name: config.get(name) for name in TILE_COLUMNS}
+    for prefix, kernel in BACKWARD_KERNELS.items():
+        part = config.get(kernel)
+        out |= {f"{prefix}_{name}": part.get(name) if isinstance(part, Mapping) else None for name in TILE_COLUMNS}
+    return out
+
+
+def _no_winner(own: list[Row]) -> tuple[str, str]:
+    """Status and message of a case without a winner."""
+    # a backward is timed in pairs of its parts' winners: without rows of its own the run ended before
+    if not own:
+        return NOT_RUN, "no candidate of ours was tried in this run"
+    counts = Counter(r["status"] for r in own)
+    if counts["ok"]:
+        return NOT_RUN, f"{counts['ok']} candidates were compiled, none was timed"
+    return counts.most_common(1)[0][0], "no candidate was ok: " + ", ".join(f"{n} {s}" for s, n in counts.most_common())
+
+
+def best_row(result: CaseResult, peers: Iterable[str] = ()) -> Row:
+    """The row of best.csv for a case, with a column for each of PEERS and of ``peers``.
+
+    Times are in ms. A case without a winner says why in status and message.
+    """
+    own, best = result.own_rows, result.best
+    names = peer_order([*PEERS, *result.peers, *peers])
+    row: Row = {"gpu": result.gpu, "model": result.model, "case": result.case.id, **result.case.columns()}
+    row["status"], row["message"] = ("ok", "") if best else _no_winner(own)
+    row |= {"impl": best.impl if best else None, **tile_columns(best.config if best else {}),
+            "config": config_json(best.config) if best else None,
+            "is_default": bool(result.default and best.config == result.default.config) if best else None}
+    row |= {"latency_ms": best.latency_ms if best else None, "latency_ms_low": best.low if best else None,
+            "latency_ms_high": best.high if best else None}
+    row |= {name: best.row.get(name) if best else None
+            for name in ("samples", "stop_reason", "wall_ms", "tflops", "pct_peak", "gb_per_s")}
+    margin, runner_up = result.margin, result.runner_up
+    row |= {"candidates": len(own), "candidates_ok": len(result.ranked), "ties": len(result.tied),
+            "tie_set": json.dumps([{"impl": m.impl, "config": dict(m.config), "latency_ms": m.latency_ms}
+                                   for m in result.tied]) if best else None,
+            "runner_up": config_json(runner_up.config) if runner_up else None,
+            "margin": margin[0] if margin else None, "margin_low": margin[1] if margin else None,
+            "margin_high": margin[2] if margin else None}
+    for name, rival in (result.rivals | {"best_peer": result.best_peer}).items():
+        if name in ("flash", "best_peer"):
+            row[f"{name}_impl" if name == "flash" else name] = rival.impl if rival else None
+        if name != "eager":
+            row[f"{name}_ms"] = rival.latency_ms if rival else None
+        row[f"speedup_vs_{name}"] = result.speedup(rival)
+    row |= {f"{peer}_ms": result.peers[peer].latency_ms if peer in result.peers else None for peer in names}
+    row["peers_without_sink"] = " ".join(p for p, m in result.peers.items() if not m.row.get("applies_sink"))
+    row["peers_failed"] = json.dumps(dict(result.peer_failures)) if result.peer_failures else None
+    return row
+
+
+def write_best_csv(selection: Selection, path: Path) -> None:
+    """best.csv: one row per case, empty where a value does not exist (see :func:`best_row`)."""
+    peers = {p for r in selection.results for p in r.peers}
+    _write_csv([best_row(r, peers) for r in selection.results], path)
+
+
+def _write_csv(rows: list[Row], path: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]) if rows else ["case"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
