@@ -1,0 +1,165 @@
+"""The validity rule, the split of a head dim, and a configuration's ways into text and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_sink_attn.config import (
+    BLOCK_SIZES,
+    KERNELS,
+    MAX_HEAD_DIM,
+    NUM_WARPS,
+    AttnConfig,
+    Limits,
+    TileConfig,
+    limits_of,
+    reject_reason,
+    split_head_dim,
+)
+
+HOPPER = limits_of(90)
+TILE = TileConfig(64, 64, 4, 2)
+
+tile_configs = st.builds(
+    TileConfig, BLOCK_M=st.sampled_from(BLOCK_SIZES), BLOCK_N=st.sampled_from(BLOCK_SIZES),
+    num_warps=st.sampled_from(NUM_WARPS), num_stages=st.integers(1, 8), PACK_GQA=st.booleans(),
+    SPLIT_LOOPS=st.booleans(), maxnreg=st.none() | st.integers(24, 255), TMA=st.booleans())
+attn_configs = st.builds(AttnConfig, *(st.none() | tile_configs for _ in KERNELS))
+
+
+def reason(config: TileConfig, kernel: Any = "fwd", head_dim: int = 64, head_dim_v: int | None = None, group: int = 8,
+           limits: Limits = HOPPER) -> str | None:
+    return reject_reason(config, kernel, head_dim=head_dim, head_dim_v=head_dim if head_dim_v is None else head_dim_v,
+                         group=group, limits=limits)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_ordinary_tile_is_accepted(kernel: Any) -> None:
+    assert reason(TILE, kernel) is None
+    assert reason(dataclasses.replace(TILE, TMA=True, SPLIT_LOOPS=False, maxnreg=128), kernel) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"BLOCK_M": 48}, "BLOCK_M must be one of (16, 32, 64, 128, 256), got 48"),
+     ({"BLOCK_N": 8}, "BLOCK_N must be one of (16, 32, 64, 128, 256), got 8"),
+     ({"num_warps": 3}, "num_warps must be one of (1, 2, 4, 8, 16), got 3"),
+     ({"num_stages": 0}, "num_stages must be from 1 to 8, got 0"),
+     ({"num_stages": 9}, "num_stages must be from 1 to 8, got 9"),
+     ({"maxnreg": 23}, "maxnreg must be from 24 to 255, got 23"),
+     ({"maxnreg": 256}, "maxnreg must be from 24 to 255, got 256")],
+)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_value_out_of_range(kernel: Any, changes: dict[str, int], words: str) -> None:
+    assert reason(dataclasses.replace(TILE, **changes), kernel) == words
+
+
+def test_packing_is_for_a_forward_with_groups() -> None:
+    packed = dataclasses.replace(TILE, PACK_GQA=True)
+    assert reason(packed, "fwd", group=8) is None
+    assert "without a head group" in str(reason(packed, "fwd", group=1))
+    assert all("forward kernel only" in str(reason(packed, kernel, group=8)) for kernel in ("bwd_dq", "bwd_dkdv"))
+
+
+def test_the_copy_engine_needs_hopper_and_whole_head_dims() -> None:
+    tma = dataclasses.replace(TILE, TMA=True)
+    assert reason(tma, limits=limits_of(100)) is None
+    assert all("compute capability 9.0" in str(reason(tma, limits=limits_of(arch))) for arch in (80, 86, 89))
+    assert reason(tma, head_dim=128, head_dim_v=64) is None
+    assert "got 96 and 96" in str(reason(tma, head_dim=96))
+    assert "got 192 and 128" in str(reason(tma, head_dim=192, head_dim_v=128))
+
+
+def test_accumulators_must_fit_into_the_registers() -> None:
+    """A 128 x 128 tile of a forward with head dim 128 holds 2 x 128 x 128 floats: 256 registers of 128 threads."""
+    tile = TileConfig(128, 128, 4, 2)
+    assert "need 256 registers per thread, 255 are available with num_warps=4" in str(reason(tile, head_dim=128))
+    assert reason(dataclasses.replace(tile, num_warps=8), head_dim=128) is None
+    assert reason(dataclasses.replace(tile, num_warps=8, maxnreg=128), head_dim=128) is None
+    assert "127 are available" in str(reason(dataclasses.replace(tile, num_warps=8, maxnreg=127), head_dim=128))
+    # 16 warps share 65536 registers: 128 each
+    assert "128 are available" in str(reason(TileConfig(256, 256, 16, 1), head_dim=128))
+
+
+def test_tiles_in_flight_must_fit_into_shared_memory() -> None:
+    """Six stages keep five K and V tiles of 2 x 128 x 128 halves in flight: 327680 bytes; four keep 196608."""
+    tile = TileConfig(64, 128, 4, 6)
+    assert "at least 327680 bytes of shared memory, the GPU has 232448" in str(reason(tile, head_dim=128))
+    assert reason(dataclasses.replace(tile, num_stages=4), head_dim=128) is None
+    assert "the GPU has 166912" in str(reason(dataclasses.replace(tile, num_stages=4), head_dim=128,
+                                              limits=limits_of(80)))
+
+
+def test_an_unknown_card_gets_the_smallest_known_limits() -> None:
+    assert limits_of(75) == Limits(shared_bytes=101376, tma=False)
+    assert limits_of(130) == Limits(shared_bytes=101376, tma=True)
+
+
+def padded(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+@given(st.integers(1, MAX_HEAD_DIM))
+def test_split_head_dim_covers_it_in_powers_of_two_and_wastes_no_more_than_padding(head_dim: int) -> None:
+    first, second = split_head_dim(head_dim)
+    assert first >= 16 and first & (first - 1) == 0
+    assert second == 0 or (16 <= second <= first and second & (second - 1) == 0)
+    assert head_dim <= first + second <= padded(head_dim)
+    assert second == 0 or head_dim > first  # no part is empty
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "parts"),
+    [(8, (16, 0)), (16, (16, 0)), (24, (32, 0)), (64, (64, 0)), (72, (64, 16)), (80, (64, 16)), (96, (64, 32)),
+     (112, (128, 0)), (128, (128, 0)), (136, (128, 16)), (160, (128, 32)), (192, (128, 64)), (200, (256, 0)),
+     (256, (256, 0))],
+)
+def test_split_head_dim_of_usual_ones(head_dim: int, parts: tuple[int, int]) -> None:
+    assert split_head_dim(head_dim) == parts
+
+
+@given(tile_configs)
+def test_a_tile_survives_text_and_dict(tile: TileConfig) -> None:
+    assert TileConfig.decode(tile.encode()) == tile
+    assert TileConfig.from_dict(tile.to_dict()) == tile
+    assert set(tile.to_dict()) == {f.name for f in dataclasses.fields(TileConfig)}
+
+
+@given(attn_configs)
+def test_a_call_s_tiles_survive_text_and_dict(config: AttnConfig) -> None:
+    assert AttnConfig.decode(config.encode()) == config
+    assert AttnConfig.from_dict(config.to_dict()) == config
+    assert list(config.to_dict()) == [k for k in KERNELS if getattr(config, k) is not None]
+
+
+def test_fields_left_out_take_their_defaults() -> None:
+    assert TileConfig.from_dict({"BLOCK_M": 64, "BLOCK_N": 32}) == TileConfig(64, 32)
+    assert AttnConfig.from_dict({}) == AttnConfig()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 1}, "config: unknown field 'BLOCK_K'"),
+     ({"BLOCK_M": 64}, "config: BLOCK_N is missing"), ({}, "config: BLOCK_M is missing")],
+)
+def test_a_bad_dict_is_named(fields: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TileConfig.from_dict(fields)
+    with pytest.raises(ValueError, match=words):
+        AttnConfig.from_dict({"fwd": fields})
+
+
+def test_an_unknown_kernel_is_named() -> None:
+    with pytest.raises(ValueError, match="config: unknown kernel 'bwd', expected a subset of"):
+        AttnConfig.from_dict({"bwd": TILE.to_dict()})
+
+
+def test_one_tile_everywhere_is_packed_in_the_forward_alone() -> None:
+    tile = TileConfig(64, 32, 8, 3, PACK_GQA=True, SPLIT_LOOPS=False, maxnreg=96, TMA=True)
+    plain = dataclasses.replace(tile, PACK_GQA=False)
+    assert AttnConfig.everywhere(tile) == AttnConfig(fwd=tile, bwd_dq=plain, bwd_dkdv=plain)

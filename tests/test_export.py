@@ -1,0 +1,184 @@
+"""From a run to the tuned table: which entries, which keys, what a merge keeps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from flash_sink_attn.config import TileConfig
+from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable, TunedTableError
+from sweeps.cases import Case
+from sweeps.export import default_path, export, merge, shape_key, table_entries
+from sweeps.select import select
+from sweeps.store import StoreError
+from tests import synthetic
+from tests.synthetic import case, row, tile
+
+FWD = case("gpt-oss", "fwd", 4096, 128)
+KEY = ShapeKey.fixed("bfloat16", 64, 64, 64, 8, 128, 1, 4096, 4096)
+PAIR = {"bwd_dq": tile(64, 32), "bwd_dkdv": tile(32, 64)}
+
+
+def entries(rows) -> dict[tuple[str, ShapeKey], Entry]:
+    return {(e.kernel, e.key): e for e in table_entries(select(rows), "run")}
+
+
+def test_round_trip_from_a_run_to_a_lookup(tmp_path):
+    rows = synthetic.run_rows(small=True)
+    run = synthetic.write_run(tmp_path / "20260102T030405Z-h100", rows)
+    path = export(run, tmp_path / "h100.json")
+    assert path == tmp_path / "h100.json"
+    table = TunedTable.load(path)
+    assert table.gpu == "h100" and set(table.runs) == {"20260102T030405Z-h100"}
+    facts = table.runs["20260102T030405Z-h100"]
+    assert (facts["triton"], facts["kernel_source"], facts["gpu_name"]) == ("3.6.0", "aaaaaaaaaaaa", synthetic.GPU)
+    assert facts["date"] == "2026-01-02T03:04:05+00:00"
+    selection = select(rows)
+    assert len(table.entries) == 4 * 3          # four shapes, three kernels
+    for seqlen in (1024, 2048):
+        for window in (None, 128):
+            key = ShapeKey.fixed("bfloat16", 64, 64, 64, 8, window, 1, seqlen, seqlen)
+            fwd = selection.get(case("gpt-oss", "fwd", seqlen, window).id)
+            assert table.exact("fwd", key) == TileConfig(**fwd.best.config)
+            assert table.entry("fwd", key).latency_ms == fwd.best.latency_ms
+            assert table.entry("fwd", key).default_ms == fwd.default.latency_ms
+            pair = selection.get(case("gpt-oss", "bwd", seqlen, window).id).best
+            for kernel in ("bwd_dq", "bwd_dkdv"):
+                assert table.exact(kernel, key) == TileConfig(**pair.config[kernel])
+                assert table.entry(kernel, key).measured_as == "bwd"
+                assert table.entry(kernel, key).latency_ms == pair.latency_ms
+    text = path.read_text()
+    assert export(run, path).read_text() == text            # exporting again changes nothing
+    assert str(tmp_path) not in text
+
+
+def test_default_path_is_the_package_data():
+    path = default_path("h100")
+    assert path.parts[-3:] == ("flash_sink_attn", "tuned", "h100.json")
+
+
+def test_backward_pair_goes_before_the_winners_of_its_parts():
+    dq = row(case("gpt-oss", "bwd_dq", 4096, 128), config=tile(128, 64), ms=0.05)
+    whole = row(case("gpt-oss", "bwd", 4096, 128), config=PAIR, ms=0.2)
+    assert entries([dq])["bwd_dq", KEY].config == TileConfig(**tile(128, 64))
+    assert entries([dq])["bwd_dq", KEY].measured_as == "bwd_dq"
+    found = entries([dq, whole])
+    assert found["bwd_dq", KEY].config == TileConfig(**PAIR["bwd_dq"])
+    assert found["bwd_dkdv", KEY].config == TileConfig(**PAIR["bwd_dkdv"])
+
+
+def test_only_our_own_configurations_are_exported():
+    rows = [row(FWD, config=tile(64, 32), ms=0.2), row(FWD, "mine", tile(64, 64), ms=0.1), row(FWD, "fa4", ms=0.05)]
+    assert entries(rows)["fwd", KEY].config == TileConfig(**tile(64, 32))
+
+
+def test_a_case_the_heuristic_won_has_no_entry():
+    rows = [row(FWD, ms=0.1, is_default=True), row(FWD, config=tile(64, 32), ms=0.2)]
+    assert entries(rows) == {}
+    told = [row(FWD, config=tile(64, 64), ms=0.1, is_default=True), rows[1]]
+    assert entries(told)["fwd", KEY].config == TileConfig(**tile(64, 64))
+
+
+def test_cases_with_sinks_go_before_those_without():
+    without = case("gpt-oss", "fwd", 4096, 128, sinks=False)
+    rows = [row(without, config=tile(32, 32), ms=0.05), row(FWD, config=tile(64, 32), ms=0.1)]
+    assert entries(rows)["fwd", KEY].config == TileConfig(**tile(64, 32))
+    assert entries(rows[:1])["fwd", KEY].config == TileConfig(**tile(32, 32))
+
+
+def varlen(*lengths: int) -> Case:
+    return case("gpt-oss", "fwd", max(lengths), 177, batch=len(lengths), varlen="packed", seqlens=lengths)
+
+
+def test_varlen_cases_share_a_key_by_tokens_and_longest():
+    long, short = varlen(2271, 4212, 1152), varlen(4100, 100)
+    key = ShapeKey.packed("bfloat16", 64, 64, 64, 8, 177, 7635, 4212, 4212)
+    assert shape_key(long) == shape_key(short) == key
+    rows = [row(short, config=tile(32, 32), ms=0.05), row(long, config=tile(64, 32), ms=0.1)]
+    assert entries(rows)["fwd", key].case == long.id        # more tokens stand for the bucket, not the shorter time
+
+
+def test_interpreter_runs_are_refused_unless_told(tmp_path):
+    rows = [row(FWD, config=tile(16, 32), ms=3.0, gpu="cpu")]
+    run = synthetic.write_run(tmp_path / "run", rows, synthetic.ENV | {"gpu": "cpu"})
+    with pytest.raises(ValueError, match="interpreter"):
+        export(run, tmp_path / "cpu.json")
+    assert not (tmp_path / "cpu.json").exists()
+    assert TunedTable.load(export(run, tmp_path / "cpu.json", allow_interpreter=True)).gpu == "cpu"
+
+
+def test_a_run_without_winners_or_no_run_is_refused(tmp_path):
+    run = synthetic.write_run(tmp_path / "run", [row(FWD, config=tile(64, 32), status="crashed")])
+    with pytest.raises(ValueError, match="no timed winner"):
+        export(run, tmp_path / "h100.json")
+    with pytest.raises(StoreError):
+        export(tmp_path / "gone", tmp_path / "h100.json")
+
+
+def test_rows_of_another_card_are_left_out(tmp_path):
+    rows = [row(FWD, config=tile(64, 32), ms=0.1), row(FWD, config=tile(64, 64), ms=0.01) | {"gpu": "NVIDIA H200"}]
+    table = TunedTable.load(export(synthetic.write_run(tmp_path / "run", rows), tmp_path / "h100.json"))
+    assert [e.config for e in table.entries.values()] == [TileConfig(**tile(64, 32))]
+
+
+def test_another_cards_table_and_a_corrupt_one_are_left_alone(tmp_path):
+    run = synthetic.write_run(tmp_path / "run", [row(FWD, config=tile(64, 32), ms=0.1)])
+    path = tmp_path / "h200.json"
+    TunedTable.build("h200", [], {}).save(path)
+    before = path.read_text()
+    with pytest.raises(ValueError, match="'h200'"):
+        export(run, path)
+    assert path.read_text() == before
+    path.write_text("{")
+    with pytest.raises(TunedTableError, match="h200.json"):
+        export(run, path)
+    assert path.read_text() == "{"
+
+
+def table(run: str, ms: float, config: dict, *, date: str = "2026-01-01", kernel: str = "fwd", source: str = "a",
+          measured_as: str | None = None, key: ShapeKey = KEY, case_id: str = "c") -> TunedTable:
+    e = Entry(kernel=kernel, key=key, config=TileConfig(**config), latency_ms=ms, measured_as=measured_as or kernel,
+              default_ms=None, case=case_id, run=run)
+    return TunedTable.build("h100", [e], {run: {"date": date, "kernel_source": source, "triton": "3.6.0"}})
+
+
+@pytest.mark.parametrize(("old", "new", "kept"), [
+    (table("a", 0.10, tile(64, 32)), table("b", 0.20, tile(64, 64), date="2026-02-01"), "a"),     # the faster stays
+    (table("a", 0.20, tile(64, 32)), table("b", 0.10, tile(64, 64), date="2025-01-01"), "b"),
+    (table("a", 0.10, tile(64, 32)), table("b", 0.10, tile(64, 64)), "a"),                        # equal: the one there
+    (table("a", 0.10, tile(64, 32)), table("b", 0.20, tile(64, 64), source="z", date="2026-02-01"), "b"),
+    (table("a", 0.20, tile(64, 32)), table("b", 0.10, tile(64, 64), source="z", date="2025-01-01"), "a"),
+    (table("a", 0.10, tile(64, 32), kernel="bwd_dq"),
+     table("b", 0.20, tile(64, 64), kernel="bwd_dq", measured_as="bwd"), "b"),
+    (table("a", 0.20, tile(64, 32), kernel="bwd_dq", measured_as="bwd"),
+     table("b", 0.10, tile(64, 64), kernel="bwd_dq"), "a"),
+    (table("a", 0.10, tile(64, 32), key=KEY._replace(varlen=True)),
+     table("b", 0.20, tile(64, 64), key=KEY._replace(varlen=True), case_id="d", date="2026-02-01"), "b"),
+])
+def test_merge_keeps_the_faster_proven_entry(old, new, kept):
+    merged = merge(old, new)
+    (entry,) = merged.entries.values()
+    assert entry.run == kept and set(merged.runs) == {kept}
+
+
+def test_merge_keeps_what_only_one_table_has():
+    merged = merge(table("a", 0.1, tile(64, 32)), table("b", 0.2, tile(64, 64), key=KEY._replace(window=None)))
+    assert {e.run for e in merged.entries.values()} == {"a", "b"} == set(merged.runs)
+
+
+def test_the_same_run_exported_again_replaces_itself():
+    (entry,) = merge(table("a", 0.1, tile(64, 32)), table("a", 0.2, tile(64, 64))).entries.values()
+    assert entry.latency_ms == 0.2
+
+
+def test_merging_through_files(tmp_path):
+    path = tmp_path / "h100.json"
+    slow = [row(FWD, config=tile(64, 64), ms=0.2), row(case("gpt-oss", "fwd", 1024, 128), config=tile(64, 64), ms=0.1)]
+    fast = [row(FWD, config=tile(64, 32), ms=0.1), row(case("gpt-oss", "fwd", 1024, 128), config=tile(64, 32), ms=0.3)]
+    export(synthetic.write_run(tmp_path / "slow", slow), path)
+    export(synthetic.write_run(tmp_path / "fast", fast), path)
+    merged = TunedTable.load(path)
+    assert merged.entry("fwd", KEY).run == "fast"
+    assert merged.entry("fwd", KEY._replace(seqlen_q=1024, seqlen_k=1024)).run == "slow"
+    assert set(json.loads(path.read_text())["runs"]) == {"slow", "fast"}

@@ -1,0 +1,193 @@
+"""The kernels against float64 at awkward sizes, by the error rule. In the interpreter without a GPU, else on CUDA."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from flash_sink_attn.config import limits_of, reject_reason
+from flash_sink_attn.dispatch import device_info
+from flash_sink_attn.testing import make_inputs
+from tests.kernel_calls import DEVICE, assert_right, run_kernels, tiles
+
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+HAS_TMA = limits_of(device_info(torch.device(DEVICE)).arch).tma
+HALF = (torch.float16, torch.bfloat16)
+
+
+def awkward(count: int, seed: int, longest: int) -> list[Any]:
+    """Shapes that no tile divides, every feature in many combinations; the same list in every run."""
+    draw = random.Random(seed)
+    cases = []
+    for i in range(count):
+        group = draw.choice([1, 1, 2, 3, 7, 8])
+        heads_kv = draw.choice([1, 2, 3]) if group < 7 else 1
+        length = draw.choice([1, 2, 15, 16, 17, draw.randint(18, longest), draw.randint(18, longest)])
+        shape = {
+            "batch": draw.choice([1, 2, 3]), "seqlen_q": length,
+            "seqlen_k": draw.choice([length, length, length + draw.randint(1, longest), max(1, length // 2)]),
+            "heads_q": group * heads_kv, "heads_kv": heads_kv, "head_dim": draw.choice([8, 16, 24, 32, 40, 64, 80, 96]),
+            "dtype": draw.choice(HALF), "sinks": draw.random() < 0.8, "sink_scale": draw.choice([1.0, 1.0, 6.0]),
+        }
+        shape["head_dim_v"] = draw.choice([shape["head_dim"], shape["head_dim"], draw.choice([8, 48, 64])])
+        window = draw.choice([None, 1, 2, 16, draw.randint(3, longest), 10 * longest])
+        powers = {shape["head_dim"], shape["head_dim_v"]} <= {16, 32, 64}
+        config = tiles(draw.choice([16, 32, 64]), draw.choice([16, 32, 64]), SPLIT_LOOPS=draw.random() < 0.6,
+                       PACK_GQA=group > 1 and draw.random() < 0.5, TMA=HAS_TMA and powers and draw.random() < 0.7)
+        name = "-".join(str(shape[k]) for k in ("batch", "seqlen_q", "seqlen_k", "heads_q", "heads_kv", "head_dim"))
+        cases.append(pytest.param(shape, window, config, id=f"{i}-{name}-w{window}"))
+    return cases
+
+
+@pytest.mark.parametrize(("shape", "window", "config"), awkward(40, seed=1, longest=75))
+def test_awkward_shapes(shape: dict[str, Any], window: int | None, config: Any) -> None:
+    assert_right(make_inputs(**shape, device=DEVICE), window=window, config=config)
+
+
+@needs_cuda
+@pytest.mark.parametrize(("shape", "window", "config"), awkward(120, seed=2, longest=700))
+def test_awkward_shapes_on_cuda(shape: dict[str, Any], window: int | None, config: Any) -> None:
+    assert_right(make_inputs(**shape, device=DEVICE), window=window, config=config)
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), list(itertools.product([16, 32, 64, 128, 256], repeat=2)))
+def test_every_block_combination(block_m: int, block_n: int) -> None:
+    config = tiles(block_m, block_n, num_warps=8, num_stages=1)
+    for kernel in ("fwd", "bwd_dq", "bwd_dkdv"):
+        reason = reject_reason(getattr(config, kernel), kernel, head_dim=16, head_dim_v=16, group=2,
+                               limits=limits_of(device_info(torch.device(DEVICE)).arch))
+        assert reason is None or {block_m, block_n} == {256}, reason
+        if reason:
+            pytest.skip(reason)
+    x = make_inputs(batch=1, seqlen_q=150, heads_q=2, heads_kv=1, head_dim=16, dtype=torch.bfloat16, device=DEVICE)
+    assert_right(x, window=70, config=config)
+    assert_right(x, config=config)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 48, 72, 104, 128, 136, 192, 200, 256])
+def test_head_dims(head_dim: int) -> None:
+    x = make_inputs(seqlen_q=37, heads_q=2, heads_kv=1, head_dim=head_dim, dtype=torch.float16, device=DEVICE)
+    assert_right(x, window=20)
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(192, 128), (64, 256), (96, 160)])
+def test_value_head_dim_of_its_own(head_dim: int, head_dim_v: int) -> None:
+    x = make_inputs(seqlen_q=41, heads_q=2, heads_kv=2, head_dim=head_dim, head_dim_v=head_dim_v, dtype=torch.bfloat16,
+                    device=DEVICE)
+    assert_right(x)
+
+
+def test_gradient_through_lse() -> None:
+    x = make_inputs(batch=2, seqlen_q=33, seqlen_k=50, heads_q=4, heads_kv=2, head_dim=32, dtype=torch.bfloat16,
+                    device=DEVICE)
+    dlse = torch.randn(2, 4, 33, device=DEVICE)
+    assert_right(x, window=9, dlse=dlse)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_rows_without_keys(window: int | None) -> None:
+    x = make_inputs(seqlen_q=60, seqlen_k=13, heads_q=2, heads_kv=1, head_dim=16, dtype=torch.float16, device=DEVICE)
+    outputs = assert_right(x, window=window)
+    assert (outputs["o"][:, :47] == 0).all() and (outputs["dq"][:, :47] == 0).all()
+    assert x.sinks is not None
+    torch.testing.assert_close(outputs["lse"][0, :, :47], x.sinks[:, None].expand(2, 47))
+
+
+@pytest.mark.parametrize("sinks", [[0.0, float("-inf")], [60.0, -60.0], None], ids=["absent", "extreme", "none"])
+def test_sink_values(sinks: list[float] | None) -> None:
+    x = make_inputs(seqlen_q=40, seqlen_k=30, heads_q=2, heads_kv=2, head_dim=16, dtype=torch.bfloat16, device=DEVICE,
+                    sinks=sinks is not None)
+    if sinks is not None:
+        assert x.sinks is not None
+        x.sinks.copy_(torch.tensor(sinks))
+    outputs = assert_right(x, window=12)
+    if sinks is not None and sinks[1] == float("-inf"):
+        assert (outputs["lse"][0, 1, :10] == float("-inf")).all()
+        assert outputs["dsinks"][1] == 0
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0])
+def test_softmax_scale(scale: float) -> None:
+    x = make_inputs(seqlen_q=40, heads_q=2, heads_kv=1, head_dim=32, dtype=torch.float16, device=DEVICE)
+    assert_right(x, scale=scale)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(("seqlens", "seqlens_k"), [
+    ([5, 0, 33, 1], None), ([0, 0, 7], None), ([20, 3, 0, 9], [31, 3, 4, 0]), ([64, 64], None)])
+def test_varlen(seqlens: list[int], seqlens_k: list[int] | None, pack: bool) -> None:
+    x = make_inputs(heads_q=4, heads_kv=2, head_dim=16, dtype=torch.bfloat16, device=DEVICE, seqlens=seqlens,
+                    seqlens_k=seqlens_k)
+    for window in (None, 6):
+        assert_right(x, window=window, config=tiles(16, 32, PACK_GQA=pack))
+
+
+def test_more_sequences_than_one_chunk_of_the_search() -> None:
+    x = make_inputs(heads_q=1, heads_kv=1, head_dim=16, dtype=torch.bfloat16, device=DEVICE,
+                    seqlens=[1, 0, 2] + [1] * 125 + [20, 3])
+    assert_right(x, config=tiles(16, 16))
+
+
+@pytest.mark.parametrize("values", [[0, 1000, 20], [-5, 7, 20], [0, 20, 20], [15, 3, 9]])
+def test_wrong_cu_seqlens_stay_in_bounds(values: list[int]) -> None:
+    """What they point at is wrong, so results are; but only in memory that belongs to the call."""
+    x = make_inputs(heads_q=2, heads_kv=1, head_dim=16, dtype=torch.float16, device=DEVICE, seqlens=[12, 8])
+    assert x.cu_seqlens_q is not None and x.cu_seqlens_k is not None
+    x.cu_seqlens_q.copy_(torch.tensor(values))
+    x.cu_seqlens_k.copy_(torch.tensor(values))
+    run_kernels(x, window=5, config=tiles(16, 16))
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def test_backward_is_bitwise_repeatable() -> None:
+    x = make_inputs(batch=2, seqlen_q=90, heads_q=6, heads_kv=2, head_dim=32, dtype=torch.bfloat16, device=DEVICE)
+    first, second = run_kernels(x, window=40), run_kernels(x, window=40)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_strides_are_read_in_place() -> None:
+    """q, k and v sliced from one packed projection, a (batch, heads, seqlen, dim) layout, and an odd storage offset."""
+    whole = torch.randn(2, 45, (4 + 2 + 2) * 24, dtype=torch.float16, device=DEVICE)
+    q, k, v = (whole[..., a:b].unflatten(-1, (-1, 24)) for a, b in ((0, 96), (96, 144), (144, 192)))
+    x = make_inputs(batch=2, seqlen_q=45, heads_q=4, heads_kv=2, head_dim=24, dtype=torch.float16, device=DEVICE)
+    do = torch.randn(2, 4, 45, 24, dtype=torch.float16, device=DEVICE).transpose(1, 2)
+    shifted = torch.randn(2 * 45 * 2 * 24 + 1, dtype=torch.float16, device=DEVICE)[1:].view(2, 45, 2, 24)
+    for value in (v, shifted):
+        strided = type(x)(**{**vars(x), "q": q, "k": k, "v": value, "do": do})
+        assert_right(strided, window=17, config=tiles(32, 16))
+
+
+@needs_cuda
+def test_more_than_two_to_the_31_elements() -> None:
+    """The last sequence's last rows lie beyond what a 32-bit offset reaches."""
+    batch, length, heads, dim = 3, 8192, 128, 256
+    q = torch.empty(batch, length * 3, heads, dim, dtype=torch.bfloat16, device=DEVICE)
+    assert q.numel() > 2**31
+    tail = make_inputs(seqlen_q=320, heads_q=heads, heads_kv=heads, head_dim=dim, dtype=torch.bfloat16, device=DEVICE)
+    q[:, -320:] = tail.q
+    from flash_sink_attn import flash_sink_attn_func
+
+    k, v = (t.expand(batch, -1, -1, -1) for t in (tail.k, tail.v))
+    whole = flash_sink_attn_func(q, k, v, tail.sinks, 40)
+    part = flash_sink_attn_func(tail.q, tail.k, tail.v, tail.sinks, 40)
+    assert torch.equal(whole[-1, -320:], part[0])
+    assert (whole[-1, :-320] == 0).all()
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one() -> None:
+    from flash_sink_attn import flash_sink_attn_func
+
+    x = make_inputs(seqlen_q=50, heads_q=2, heads_kv=1, head_dim=32, dtype=torch.float16, device="cuda:1")
+    here = [t.to("cuda:0") for t in (x.q, x.k, x.v, x.sinks) if t is not None]
+    assert torch.cuda.current_device() == 0
+    away = flash_sink_attn_func(x.q, x.k, x.v, x.sinks)
+    assert away.device == x.q.device
+    assert torch.equal(away.to("cuda:0"), flash_sink_attn_func(*here))
