@@ -49,8 +49,8 @@ def flash_sink_attn_func(
         k: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads_q, query head h uses key head
             h // (heads_q // heads_kv).
         v: (batch, seqlen_k, heads_kv, head_dim_v).
-        sinks: (heads_q,), float32, float16 or bfloat16, in natural-log units like the scaled scores; minus infinity
-            for a head without one; None for plain attention.
+        sinks: (heads_q,), float32, float16 or bfloat16, in natural-log units like the scaled scores; finite, or minus
+            infinity for a head without one; None for plain attention.
         window: how many keys a query sees, its own included; None for all before it. Or a
             :class:`SlidingCacheManager`, whose window, keys and values are then the ones used.
         disable_bf16_atomic_add: accepted for callers of the original interface; there are no atomics to disable.
@@ -101,8 +101,8 @@ def flash_sink_attn_varlen_func(
         sinks, window, disable_bf16_atomic_add, softmax_scale, config: as in :func:`flash_sink_attn_func`.
         cu_seqlens: int32 (batch + 1,): sequence b holds the query tokens cu_seqlens[b] to cu_seqlens[b + 1]; rises
             from 0 to total_q, empty sequences allowed. On q's device, or on the CPU. Values on a GPU are checked only
-            when the environment has FLASH_SINK_ATTN_CHECK=1 (it costs a synchronisation); unchecked wrong values give
-            wrong results for the tokens concerned, never an access out of bounds.
+            when the environment has FLASH_SINK_ATTN_CHECK=1 (it costs a synchronisation); unchecked wrong values leave
+            the tokens concerned undefined (possibly NaN), but give no access out of bounds.
         cu_seqlens_k: the same for the keys; default cu_seqlens.
         max_seqlen_q, max_seqlen_k: longest sequence, in tokens. Only the lookup of tuned tile sizes uses them; default
             the totals.
@@ -147,7 +147,7 @@ def _resolve(k: Any, v: Any, window: Any) -> tuple[Any, Any, int | None]:
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     device_type = getattr(getattr(tensors[0], "device", None), "type", "cuda")
-    if not torch.is_autocast_enabled(device_type):
+    if device_type not in ("cuda", "cpu") or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors)
@@ -190,6 +190,11 @@ def _shape_key(
     return ShapeKey.fixed(*dims, q.shape[0], q.shape[1], k.shape[1])
 
 
+def _effective_window(window: int | None, k: torch.Tensor, varlen: bool) -> int | None:
+    """None for a window that hides nothing: faster, and its arithmetic stays within 32 bits however large it was."""
+    return None if window is not None and window >= k.shape[0 if varlen else 1] else window
+
+
 def _lse_shape(q: torch.Tensor, varlen: bool) -> tuple[int, ...]:
     return (q.shape[1], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1])
 
@@ -203,6 +208,8 @@ def _run_forward(
     if config is not None:
         _checks.check_config(config, q, k, v)
     varlen = cu_q is not None
+    window = _effective_window(window, k, varlen)
+    sinks = None if sinks is None else sinks.contiguous()
     o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(_lse_shape(q, varlen), dtype=torch.float32, device=q.device)
     tile = choose("fwd", _shape_key(q, k, v, window, varlen, max_q, max_k), q.device, config).config
@@ -219,6 +226,8 @@ def _run_backward(
 ) -> _Grads:
     needs_dq, needs_dk, needs_dv, needs_dsinks = needs
     varlen = cu_q is not None
+    window = _effective_window(window, k, varlen)
+    sinks = None if sinks is None else sinks.contiguous()
     if do is None:
         do = torch.zeros_like(o)
     if dlse is not None:

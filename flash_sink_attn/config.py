@@ -115,7 +115,8 @@ class AttnConfig:
         unknown = sorted(set(fields) - set(KERNELS))
         if unknown:
             raise ValueError(f"config: unknown kernel {unknown[0]!r}, expected a subset of {list(KERNELS)}")
-        return cls(**{k: TileConfig.from_dict(c) for k, c in fields.items() if c is not None})
+        return cls(**{k: c if isinstance(c, TileConfig) else TileConfig.from_dict(c)
+                      for k, c in fields.items() if c is not None})
 
 
 @dataclasses.dataclass(frozen=True)

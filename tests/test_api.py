@@ -119,6 +119,38 @@ def test_only_some_inputs_need_gradients(wanted: tuple[int, ...]) -> None:
         torch.testing.assert_close(grad, expected[i], rtol=0, atol=0 if i != 3 else 1e-5)
 
 
+@pytest.mark.parametrize("make", [lambda s: s.repeat_interleave(2)[::2], lambda s: s[:1].expand(4)],
+                         ids=["strided", "expanded"])
+def test_sinks_of_any_stride(make: Any) -> None:
+    x = inputs()
+    q, k, v, _ = leaves(x)
+    results = []
+    for copy in (False, True):
+        base = x.sinks.detach().clone().requires_grad_()
+        sinks = make(base).contiguous() if copy else make(base)
+        assert sinks.is_contiguous() == copy
+        o = flash_sink_attn_func(q, k, v, sinks, 12)
+        results.append([o, *torch.autograd.grad(o, [q, k, v, base], x.do)])
+    for strided, contiguous in zip(*results, strict=True):
+        assert torch.equal(strided, contiguous)
+
+
+@pytest.mark.parametrize("window", [50, 2**31 - 30, 2**31 - 1, 2**40])
+@pytest.mark.parametrize("lengths", [(37, 37), (40, 17)])
+def test_a_window_beyond_the_keys_is_none(window: int, lengths: tuple[int, int]) -> None:
+    x = inputs(seqlen_q=lengths[0], seqlen_k=lengths[1])
+    results = []
+    for w in (window, None):
+        some = leaves(x)
+        o = flash_sink_attn_func(*some, w)
+        results.append([o, *torch.autograd.grad(o, some, x.do)])
+    for far, none in zip(*results, strict=True):
+        assert torch.equal(far, none)
+    y = varlen_inputs()
+    expected = flash_sink_attn_varlen_func(y.q, y.k, y.v, y.sinks, y.cu_seqlens_q)
+    assert torch.equal(flash_sink_attn_varlen_func(y.q, y.k, y.v, y.sinks, y.cu_seqlens_q, window), expected)
+
+
 def test_no_sinks_is_sinks_at_minus_infinity() -> None:
     x = inputs()
     nowhere = torch.full_like(x.sinks, float("-inf"))
@@ -192,7 +224,8 @@ def test_the_op_registrations() -> None:
 def test_config_is_used_and_checked() -> None:
     x = inputs()
     expected = flash_sink_attn_func(x.q, x.k, x.v, x.sinks)
-    for config in (TileConfig(16, 64), AttnConfig(fwd=TileConfig(32, 16)), {"fwd": {"BLOCK_M": 16, "BLOCK_N": 16}}):
+    for config in (TileConfig(16, 64), AttnConfig(fwd=TileConfig(32, 16)), {"fwd": {"BLOCK_M": 16, "BLOCK_N": 16}},
+                   {"fwd": TileConfig(16, 16)}):
         found = flash_sink_attn_func(x.q, x.k, x.v, x.sinks, config=config)
         torch.testing.assert_close(found, expected, atol=2**-7, rtol=2**-7)
     for bad, words in ((TileConfig(48, 64), "fwd: BLOCK_M must be one of .* got 48"),
