@@ -4,6 +4,7 @@ from flash_sink_attn import _mode  # noqa: F401  isort: skip  (decides about the
 
 from flash_sink_attn.api import flash_sink_attn_func, flash_sink_attn_varlen_func
 from flash_sink_attn.config import AttnConfig, TileConfig
+from flash_sink_attn.explanation import explain
 from flash_sink_attn.flash_attn_with_sink import flash_attn_with_sink_func
 from flash_sink_attn.gpt_oss import replace_gpt_oss_with_flash_sink_attn, restore_gpt_oss_attention
 from flash_sink_attn.sliding_cache import SinkCacheManager, SlidingCacheManager
@@ -15,6 +16,7 @@ __all__ = [
     "SinkCacheManager",
     "SlidingCacheManager",
     "TileConfig",
+    "explain",
     "flash_attn_with_sink_func",
     "flash_sink_attn_func",
     "flash_sink_attn_varlen_func",

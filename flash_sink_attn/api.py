@@ -168,11 +168,13 @@ def _apply(
 def _on_device(
     q: torch.Tensor, k: torch.Tensor, cu_q: torch.Tensor | None, cu_k: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Both cu_seqlens where the kernels read them, with their values checked; cu_k None means cu_q."""
+    """Both cu_seqlens where the kernels read them, with their values checked; the second None where it is the first."""
     if cu_q is None:
         return None, None
     on_q = _checks.cu_seqlens_on(q.device, "cu_seqlens", cu_q, q.shape[0])
-    return on_q, on_q if cu_k is None else _checks.cu_seqlens_on(q.device, "cu_seqlens_k", cu_k, k.shape[0])
+    if cu_k is None or (cu_k is cu_q and q.shape[0] == k.shape[0]):
+        return on_q, None
+    return on_q, _checks.cu_seqlens_on(q.device, "cu_seqlens_k", cu_k, k.shape[0])
 
 
 def _sequences(q: torch.Tensor, k: torch.Tensor, cu_q: torch.Tensor | None, cu_k: torch.Tensor | None) -> Sequences:
@@ -238,7 +240,7 @@ def _run_backward(
     tile = choose("bwd_dq", key, q.device, config).config
     rows = launch.row_statistics(q, sequences)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if needs_dq else None
-    partials = launch.sink_partials(q, sequences, tile) if needs_dsinks else None
+    partials = launch.sink_partials(q, k, sequences, tile) if needs_dsinks else None
     launch.backward_dq(q, k, v, sinks, o, lse, do, dlse, dq, rows, partials, config=tile, **call)
     dk = dv = dsinks = None
     if needs_dk or needs_dv:

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from flash_sink_attn import kernel_cache
 from flash_sink_attn._mode import COMPILE_ONLY, triton
 from flash_sink_attn.config import Kernel, TileConfig
 from flash_sink_attn.kernels import launch
+from flash_sink_attn.machine_code import disassemble, fault_of
 
 
 class _AbsentGpu:
@@ -50,7 +48,13 @@ class Built:
         spills: bytes of stack per thread (registers that did not fit).
         shared_bytes: shared memory of one program.
         hgmma: Hopper tensor-core instructions in the machine code.
+        tma: copies by the tensor memory accelerator (UTMALDG, UTMASTG, UTMAREDG, UBLKCP) in it.
+        local: loads from and stores to local memory (LDL, STL): what spilled, or an array that registers cannot index.
+        mufu: instructions of the special function unit, most of them exp2.
+        instructions: all of them but padding. These are counts in the code, not of what is executed.
         binary: hash of the machine code; equal for configurations that compile to the same kernel.
+        cached: whether Triton's cache on disk had it, so that nothing was compiled.
+        fault: why the machine code cannot be what the source says (flash_sink_attn.sass_check), None = no such sign.
         sass: the disassembly.
     """
 
@@ -58,31 +62,30 @@ class Built:
     spills: int
     shared_bytes: int
     hgmma: int
+    tma: int
+    local: int
+    mufu: int
+    instructions: int
     binary: str
+    cached: bool
+    fault: str | None
     sass: str = dataclasses.field(repr=False)
 
 
-def _tool(name: str) -> str:
-    """A CUDA binary tool out of Triton's own package."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not path.exists():
-        raise FileNotFoundError(f"{name}: expected in Triton's package at {path}")
-    return str(path)
+_COUNTED = {"hgmma": r"HGMMA", "tma": r"UTMALDG|UTMASTG|UTMAREDG|UBLKCP", "local": r"LDL|STL", "mufu": r"MUFU"}
 
 
-def _inspect(compiled: Any) -> Built:
-    cubin: bytes = compiled.asm["cubin"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(cubin)
-        text = subprocess.run([_tool("cuobjdump"), "-res-usage", "-sass", path], capture_output=True, text=True,
-                              check=True).stdout
+def _inspect(compiled: Any, cached: bool = False) -> Built:
+    text = disassemble(compiled.asm["cubin"])
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump: expected a line with REG and STACK, got {text[:200]!r}")
     sass = "\n".join(line.strip() for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line))
-    return Built(int(usage[1]), int(usage[2]), int(compiled.metadata.shared), len(re.findall(r"\bHGMMA\b", sass)),
-                 hashlib.sha256(sass.encode() + str(compiled.metadata.shared).encode()).hexdigest()[:16], sass)
+    counts = {name: len(re.findall(rf"\b(?:{names})\b", sass)) for name, names in _COUNTED.items()}
+    return Built(registers=int(usage[1]), spills=int(usage[2]), shared_bytes=int(compiled.metadata.shared), **counts,
+                 instructions=sass.count("\n") + 1 - len(re.findall(r"\bNOP\b", sass)), cached=cached,
+                 fault=fault_of(compiled), sass=sass,
+                 binary=hashlib.sha256(sass.encode() + str(compiled.metadata.shared).encode()).hexdigest()[:16])
 
 
 def set_target(arch: int) -> None:
@@ -116,15 +119,16 @@ def compile_kernel(
     cu = empty(batch + 1, dtype=torch.int32) if varlen else None
     lse = empty(*((heads_q, seqlen_q) if varlen else (batch, heads_q, seqlen_q)), dtype=torch.float32)
     sink = empty(heads_q, dtype=torch.float32) if sinks else None
-    sequences = launch.Sequences(batch, seqlen_q, seqlen_k, cu, cu)
+    sequences = launch.Sequences(batch, seqlen_q, seqlen_k, cu)
     call: dict[str, Any] = {"sequences": sequences, "window": window, "scale": head_dim**-0.5, "config": config}
     rows = launch.row_statistics(q, sequences)
-    partials = launch.sink_partials(q, sequences, config) if sinks else None
+    partials = launch.sink_partials(q, k, sequences, config) if sinks else None
     set_target(arch)
-    if kernel == "fwd":
-        compiled = launch.forward(q, k, v, sink, o, lse, **call)
-    elif kernel == "bwd_dq":
-        compiled = launch.backward_dq(q, k, v, sink, o, lse, o, None, q, rows, partials, **call)
-    else:
-        compiled = launch.backward_dkdv(q, k, v, rows, o, k, v, partials, sink, **call)
-    return _inspect(compiled)
+    with kernel_cache.watch() as found:
+        if kernel == "fwd":
+            compiled = launch.forward(q, k, v, sink, o, lse, **call)
+        elif kernel == "bwd_dq":
+            compiled = launch.backward_dq(q, k, v, sink, o, lse, o, None, q, rows, partials, **call)
+        else:
+            compiled = launch.backward_dkdv(q, k, v, rows, o, k, v, partials, sink, **call)
+    return _inspect(compiled, cached=found.misses == 0)

@@ -27,12 +27,16 @@ class TileConfig:
         BLOCK_N: keys of a tile.
         num_warps: warps of one program.
         num_stages: depth of Triton's load pipeline.
-        PACK_GQA: forward only; one tile holds all query heads of a key head, so K and V are read once per group.
+        PACK_GQA: ``fwd`` and ``bwd_dq`` only; one tile holds all query heads of a key head, so K and V are read once
+            per group.
         SPLIT_LOOPS: walk the window edge, the interior and the diagonal in loops of their own, so that interior tiles
             carry no mask; otherwise one loop with the full mask.
         maxnreg: cap on registers per thread, None for the compiler's own choice.
         TMA: stream tiles through tensor descriptors (the copy engine of Hopper and later) instead of pointers: K and V,
-            in ``bwd_dkdv`` q and do. Varlen calls and tensors whose strides are no multiple of 16 bytes use pointers.
+            in ``bwd_dkdv`` q and do. Tensors whose strides are no multiple of 16 bytes use pointers all the same.
+        REGISTER_A: keep the tile that stays (q; q and do in ``bwd_dq``; k and v in ``bwd_dkdv``) in registers, where
+            the matrix instruction can take its first operand from, instead of in shared memory, which it then reads
+            for every step. With TMA that tile comes through descriptors, too.
     """
 
     BLOCK_M: int
@@ -43,6 +47,7 @@ class TileConfig:
     SPLIT_LOOPS: bool = True
     maxnreg: int | None = None
     TMA: bool = False
+    REGISTER_A: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, JSON-ready."""
@@ -68,13 +73,13 @@ class TileConfig:
     def encode(self) -> str:
         """All fields as text that :meth:`decode` reads; plain enough for torch.compile to trace."""
         return (f"{self.BLOCK_M},{self.BLOCK_N},{self.num_warps},{self.num_stages},{int(self.PACK_GQA)},"
-                f"{int(self.SPLIT_LOOPS)},{self.maxnreg or 0},{int(self.TMA)}")
+                f"{int(self.SPLIT_LOOPS)},{self.maxnreg or 0},{int(self.TMA)},{int(self.REGISTER_A)}")
 
     @classmethod
     def decode(cls, text: str) -> TileConfig:
         """The inverse of :meth:`encode`."""
-        m, n, warps, stages, pack, split, maxnreg, tma = map(int, text.split(","))
-        return cls(m, n, warps, stages, bool(pack), bool(split), maxnreg or None, bool(tma))
+        m, n, warps, stages, pack, split, maxnreg, tma, register_a = map(int, text.split(","))
+        return cls(m, n, warps, stages, bool(pack), bool(split), maxnreg or None, bool(tma), bool(register_a))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +92,11 @@ class AttnConfig:
 
     @classmethod
     def everywhere(cls, tile: TileConfig) -> AttnConfig:
-        """One tile for all kernels; PACK_GQA, a choice of the forward, for the forward only."""
+        """One tile for all kernels, without PACK_GQA where that is no choice."""
         t = tile
-        unpacked = TileConfig(t.BLOCK_M, t.BLOCK_N, t.num_warps, t.num_stages, False, t.SPLIT_LOOPS, t.maxnreg, t.TMA)
-        return cls(fwd=tile, bwd_dq=unpacked, bwd_dkdv=unpacked)
+        unpacked = TileConfig(t.BLOCK_M, t.BLOCK_N, t.num_warps, t.num_stages, False, t.SPLIT_LOOPS, t.maxnreg, t.TMA,
+                              t.REGISTER_A)
+        return cls(fwd=tile, bwd_dq=tile, bwd_dkdv=unpacked)
 
     def encode(self) -> str:
         """As text that :meth:`decode` reads; plain enough for torch.compile to trace."""
@@ -172,14 +178,16 @@ def reject_reason(
         return f"num_stages must be from 1 to 8, got {c.num_stages}"
     if c.maxnreg is not None and not 24 <= c.maxnreg <= limits.registers_per_thread:
         return f"maxnreg must be from 24 to {limits.registers_per_thread}, got {c.maxnreg}"
-    if c.PACK_GQA and kernel != "fwd":
-        return "PACK_GQA is a choice of the forward kernel only"
+    if c.PACK_GQA and kernel == "bwd_dkdv":
+        return "PACK_GQA is a choice of the kernels fwd and bwd_dq only"
     if c.PACK_GQA and group == 1:
         return "PACK_GQA without a head group is the same kernel"
     if c.TMA and not limits.tma:
         return "TMA needs compute capability 9.0 or higher"
     if c.TMA and not {head_dim, head_dim_v} <= {16, 32, 64, 128, 256}:
         return f"TMA needs head dims that are powers of two from 16, got {head_dim} and {head_dim_v}"
+    if c.TMA and kernel == "bwd_dkdv" and c.BLOCK_M < 32:
+        return f"TMA needs BLOCK_M of at least 32 (of row statistics it cannot load fewer), got {c.BLOCK_M}"
     d, dv = sum(split_head_dim(head_dim)), sum(split_head_dim(head_dim_v))
     threads = 32 * c.num_warps
     cap = min(c.maxnreg or limits.registers_per_thread, REGISTERS_PER_SM // threads)

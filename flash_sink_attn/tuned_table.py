@@ -2,18 +2,20 @@
 
 A table is one JSON file, ``flash_sink_attn/tuned/<gpu>.json`` or the file that ``FLASH_SINK_ATTN_TUNED`` names::
 
-    {"schema_version": 1,
+    {"schema_version": 2,
      "gpu": "h100",
+     "arch": 90,
      "runs": {"20260102T030405Z-h100": {"date": "2026-01-02", "gpu_name": "...", "torch": "2.11.0", "triton": "3.6.0",
-                                        "kernel_source": "3f2a...", ...}},
+                                        "kernel_code": "3f2a...", ...}},
      "entries": [{"kernel": "fwd",
                   "key": {"dtype": "bfloat16", "head_dim": 64, "head_dim_v": 64, "heads_q": 64, "heads_kv": 8,
                           "window": 128, "batch": 1, "seqlen_q": 8192, "seqlen_k": 8192, "varlen": false},
                   "config": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, ...},
-                  "latency_ms": 0.108, "measured_as": "fwd", "default_ms": 0.131,
+                  "latency_ms": 0.108, "measured_as": "fwd", "best_ms": 0.1075, "default_ms": 0.131,
                   "case": "fwd-bfloat16-b1-q8192-k8192-h64x8-d64x64-w128", "run": "20260102T030405Z-h100"}]}
 
-Entries hold for the card they were measured on and for no other, also not for another card of the same architecture.
+Entries hold for the card they were measured on; the dispatcher lends them to another card of the same architecture only
+with a warning. Files of schema version 1, which had neither ``arch`` nor ``best_ms``, are still read.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flash_sink_attn.config import BLOCK_SIZES, KERNELS, NUM_WARPS, Kernel, TileConfig
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, 2)
 ENV_VAR = "FLASH_SINK_ATTN_TUNED"
 DTYPES = ("bfloat16", "float16")
 
@@ -110,6 +113,8 @@ class Entry:
         default_ms: time of the untuned heuristic on the same pass in the same run, None where it was not measured.
         case: what exactly was measured; several varlen batches share a key.
         run: name of the run, a key of :attr:`TunedTable.runs`.
+        best_ms: time in ms of the fastest configuration measured with it, which is ``latency_ms`` or at most 1% less
+            where one configuration stands for several shapes; None where it is not known.
     """
 
     kernel: Kernel
@@ -120,6 +125,7 @@ class Entry:
     default_ms: float | None
     case: str
     run: str
+    best_ms: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
@@ -135,12 +141,14 @@ class TunedTable:
         entries: by (kernel, shape key).
         runs: provenance of every run an entry names: date, card, driver, versions, hash of the kernel sources.
         path: where the table came from, for messages.
+        arch: compute capability of the card, 90 for Hopper; None where the file does not say.
     """
 
     gpu: str
     entries: Mapping[tuple[str, ShapeKey], Entry]
     runs: Mapping[str, Mapping[str, Any]]
     path: str = ""
+    arch: int | None = None
 
     def exact(self, kernel: Kernel, key: ShapeKey) -> TileConfig | None:
         """The configuration tuned for exactly this kernel and shape, or None. One dictionary lookup."""
@@ -151,20 +159,30 @@ class TunedTable:
         """As :meth:`exact`, with the measured time and the run it comes from."""
         return self.entries.get((kernel, key))
 
+    def of_kernel(self, kernel: Kernel) -> tuple[Entry, ...]:
+        """All entries of one kernel."""
+        return self._by_kernel.get(kernel, ())
+
+    @cached_property
+    def _by_kernel(self) -> dict[str, tuple[Entry, ...]]:
+        return {kernel: tuple(e for e in self.entries.values() if e.kernel == kernel) for kernel in KERNELS}
+
     @classmethod
     def build(
-        cls, gpu: str, entries: Iterable[Entry], runs: Mapping[str, Mapping[str, Any]], path: str = ""
+        cls, gpu: str, entries: Iterable[Entry], runs: Mapping[str, Mapping[str, Any]], path: str = "",
+        arch: int | None = None,
     ) -> TunedTable:
         """A table of these entries; of several for one kernel and shape the last stays."""
         by_key: dict[tuple[str, ShapeKey], Entry] = {(e.kernel, e.key): e for e in entries}
-        return cls(gpu, by_key, {name: runs[name] for name in sorted({e.run for e in by_key.values()})}, path)
+        return cls(gpu, by_key, {name: runs[name] for name in sorted({e.run for e in by_key.values()})}, path,
+                   arch)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, entries in a stable order."""
         # windows are positive, so None as 0 comes first
         ordered = sorted(self.entries.values(), key=lambda e: (e.kernel, e.key._replace(window=e.key.window or 0)))
-        return {"schema_version": SCHEMA_VERSION, "gpu": self.gpu, "runs": {k: dict(v) for k, v in self.runs.items()},
-                "entries": [e.to_dict() for e in ordered]}
+        return {"schema_version": SCHEMA_VERSION, "gpu": self.gpu, "arch": self.arch,
+                "runs": {k: dict(v) for k, v in self.runs.items()}, "entries": [e.to_dict() for e in ordered]}
 
     def save(self, path: Path) -> None:
         """Write the table, one entry a line, replacing ``path`` in one step so that no reader meets half a file."""
@@ -200,14 +218,16 @@ class TunedTable:
             raise TunedTableError(f"tuned table {path}: not valid JSON: {e}") from e
         reader = _Reader(path)
         version = reader.field(document, "", "schema_version", int)
-        if version != SCHEMA_VERSION:
-            raise reader.error("schema_version", f"expected {SCHEMA_VERSION}, got {version}")
+        if version not in _READABLE:
+            raise reader.error("schema_version", f"expected {' or '.join(map(str, _READABLE))}, got {version}")
+        optional_number = (int, type(None))
+        arch = reader.positive(document, "", "arch", optional_number) if version > 1 else None
         runs = reader.field(document, "", "runs", dict)
         for name in runs:
             reader.field(runs, "runs", name, dict)
         entries = reader.field(document, "", "entries", list)
         return cls.build(reader.field(document, "", "gpu", str),
-                         [reader.entry(e, f"entries[{i}]", runs) for i, e in enumerate(entries)], runs, path)
+                         [reader.entry(e, f"entries[{i}]", runs) for i, e in enumerate(entries)], runs, path, arch)
 
 
 class _Reader:
@@ -242,7 +262,7 @@ class _Reader:
     def positive(self, owner: Any, where: str, name: str, kind: type | tuple[type, ...] = int) -> Any:
         value = self.field(owner, where, name, kind)
         if value is not None and not value > 0:
-            raise self.error(f"{where}.{name}", f"expected a positive number, got {value!r}")
+            raise self.error(f"{where}.{name}".lstrip("."), f"expected a positive number, got {value!r}")
         return value
 
     def entry(self, e: Any, where: str, runs: Mapping[str, Any]) -> Entry:
@@ -258,7 +278,8 @@ class _Reader:
             measured_as=self.one_of(e, where, "measured_as", ("fwd",) if kernel == "fwd" else ("bwd", kernel)),
             default_ms=self.positive(e, where, "default_ms", (int, float, type(None))),
             case=self.field(e, where, "case", str),
-            run=run)
+            run=run,
+            best_ms=self.positive(e, where, "best_ms", (int, float, type(None))) if "best_ms" in e else None)
 
     def key(self, k: dict[str, Any], where: str) -> ShapeKey:
         unknown = sorted(set(k) - set(ShapeKey._fields))
@@ -279,7 +300,7 @@ class _Reader:
             self.positive(c, where, "num_stages")
         if "maxnreg" in c:
             self.positive(c, where, "maxnreg", (int, type(None)))
-        for name in ("PACK_GQA", "SPLIT_LOOPS", "TMA"):
+        for name in ("PACK_GQA", "SPLIT_LOOPS", "TMA", "REGISTER_A"):
             if name in c:
                 self.field(c, where, name, bool)
         try:
@@ -292,25 +313,59 @@ def load_table(gpu_slug: str) -> TunedTable | None:
     """The table for a card ("h100", see ``flash_sink_attn.devices.gpu_slug``), or None where there is none.
 
     A file named by the environment variable ``FLASH_SINK_ATTN_TUNED`` stands in for the packaged table; one that was
-    made for another card is ignored with one warning. Files are read once per process and path.
+    made for another card does so with one warning only as far as :func:`load_others` goes. Files are read once per
+    process and path.
 
     Raises:
         TunedTableError: the file is corrupt or, where the variable names it, absent.
     """
-    return _load(gpu_slug, os.environ.get(ENV_VAR) or None)
+    user = _user_table(os.environ.get(ENV_VAR) or None)
+    if user is not None:
+        if user.gpu == gpu_slug:
+            return user
+        _warn_other_card(user.path, user.gpu, gpu_slug)
+    return _packaged(gpu_slug)
+
+
+def load_others(gpu_slug: str, arch: int) -> tuple[TunedTable, ...]:
+    """The tables of other cards of the same architecture: the user's file if it is one, then the packaged ones by name.
+
+    A table that does not say its card's architecture is none of them.
+
+    Raises:
+        TunedTableError: a file is corrupt.
+    """
+    user = _user_table(os.environ.get(ENV_VAR) or None)
+    packaged = (table for slug in _packaged_slugs() if (table := _packaged(slug)) is not None)
+    return tuple(t for t in (*((user,) if user else ()), *packaged) if t.gpu != gpu_slug and t.arch == arch)
 
 
 @cache
-def _load(gpu_slug: str, user_file: str | None) -> TunedTable | None:
-    if user_file is not None:
-        try:
-            table = TunedTable.load(Path(user_file).expanduser())
-        except TunedTableError as e:
-            raise TunedTableError(f"{e} (set by {ENV_VAR})") from e
-        if table.gpu == gpu_slug:
-            return table
-        logger.warning("%s=%s holds entries for %r, this card is %r: the packaged table is used instead",
-                       ENV_VAR, user_file, table.gpu, gpu_slug)
+def _user_table(user_file: str | None) -> TunedTable | None:
+    if user_file is None:
+        return None
+    try:
+        return TunedTable.load(Path(user_file).expanduser())
+    except TunedTableError as e:
+        raise TunedTableError(f"{e} (set by {ENV_VAR})") from e
+
+
+@cache
+def _warn_other_card(path: str, of: str, here: str) -> None:
+    logger.warning("%s=%s holds entries for %r, this card is %r: the packaged table goes first",
+                   ENV_VAR, path, of, here)
+
+
+@cache
+def _packaged_slugs() -> tuple[str, ...]:
+    folder = importlib.resources.files("flash_sink_attn") / "tuned"
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))
+
+
+@cache
+def _packaged(gpu_slug: str) -> TunedTable | None:
     resource = importlib.resources.files("flash_sink_attn") / "tuned" / f"{gpu_slug}.json"
     if not resource.is_file():
         return None
@@ -318,3 +373,9 @@ def _load(gpu_slug: str, user_file: str | None) -> TunedTable | None:
     if table.gpu != gpu_slug:
         raise TunedTableError(f"tuned table {resource}: gpu: expected {gpu_slug!r}, got {table.gpu!r}")
     return table
+
+
+def forget_tables() -> None:
+    """Read every file anew: after a table was written, in the process that wrote it."""
+    for cached in (_user_table, _warn_other_card, _packaged_slugs, _packaged):
+        cached.cache_clear()

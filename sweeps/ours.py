@@ -23,6 +23,10 @@ PARTS: dict[str, tuple[Kernel, ...]] = {
 }
 
 
+class MiscompiledError(RuntimeError):
+    """A kernel that was built and would compute wrong values; it must not be timed, and not be run."""
+
+
 def tiles_of(case: Case, config: Mapping[str, Any]) -> AttnConfig:
     """A trial's config as an AttnConfig: flat for a pass of one kernel, else by kernel name; {} = heuristic."""
     parts = PARTS[case.pass_]
@@ -86,7 +90,11 @@ class Triton:
         return None
 
     def compile(self, case: Case, config: Mapping[str, Any], arch: int) -> dict[str, Any]:
-        """Build the pass's kernels; figures are the largest of them, except hgmma, their sum."""
+        """Build the pass's kernels; figures are the largest of them, except counts of instructions, their sum.
+
+        Raises:
+            MiscompiledError: the machine code of one of them overwrites an operand that it still needs.
+        """
         import torch
 
         from flash_sink_attn.compile_only import compile_kernel
@@ -98,9 +106,12 @@ class Triton:
             seqlen_k=sum(case.seqlens) if varlen else case.seqlen_k, heads_q=case.heads_q, heads_kv=case.heads_kv,
             head_dim=case.head_dim, head_dim_v=case.head_dim_v, window=case.window, varlen=varlen, sinks=case.sinks,
             arch=arch) for kernel, tile in _tiles(case, config, arch).items()]
-        return {"registers": max(b.registers for b in built), "spills": max(b.spills for b in built),
-                "shared_bytes": max(b.shared_bytes for b in built), "hgmma": sum(b.hgmma for b in built),
-                "binary": "-".join(b.binary for b in built)}
+        if fault := next((b.fault for b in built if b.fault), None):
+            raise MiscompiledError(f"the compiler made wrong machine code: {fault}")
+        return {**{name: max(getattr(b, name) for b in built) for name in ("registers", "spills", "shared_bytes")},
+                **{name: sum(getattr(b, name) for b in built) for name in ("hgmma", "tma", "local", "mufu",
+                                                                           "instructions")},
+                "cache_hit": all(b.cached for b in built), "binary": "-".join(b.binary for b in built)}
 
     def prepare(self, case: Case, config: Mapping[str, Any], inputs: Inputs) -> Prepared:
         """Allocate the outputs and bind the launches; a backward runs its forward here, with the heuristic's tiles."""
@@ -140,14 +151,14 @@ class _Call:
         whole = dataclasses.replace(case, pass_="fwd_bwd")
         self.tiles = _tiles(whole, {}, arch) | _tiles(case, config, arch)
         self.sequences = (Sequences(case.batch, q.shape[1], k.shape[1]) if cu is None
-                          else Sequences(case.batch, q.shape[0], k.shape[0], cu, cu))
+                          else Sequences(case.batch, q.shape[0], k.shape[0], cu))
         self.common: dict[str, Any] = {"sequences": self.sequences, "window": inputs.window,
                                        "scale": inputs.softmax_scale}
         lse_shape = (q.shape[1], q.shape[0]) if cu is not None else (q.shape[0], q.shape[2], q.shape[1])
         self.o = q.new_empty(*q.shape[:-1], v.shape[-1])
         self.lse = q.new_empty(lse_shape, dtype=torch.float32)
         self.rows = row_statistics(q, self.sequences)
-        self.partials = sink_partials(q, self.sequences, self.tiles["bwd_dq"]) if inputs.sinks is not None else None
+        self.partials = sink_partials(q, k, self.sequences, self.tiles["bwd_dq"]) if inputs.sinks is not None else None
         self.dq, self.dk, self.dv = (q.new_empty(x.shape) for x in (q, k, v))
         self.dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
         self.compiled: Any = None

@@ -38,7 +38,7 @@ def run_kernels(
     rows = launch.row_statistics(q, sequences).fill_(float("nan"))
     partials = dsinks = None
     if x.sinks is not None:
-        partials = launch.sink_partials(q, sequences, tiles["bwd_dq"]).fill_(float("nan"))
+        partials = launch.sink_partials(q, k, sequences, tiles["bwd_dq"]).fill_(float("nan"))
         dsinks = nan(*x.sinks.shape, dtype=x.sinks.dtype)
     launch.backward_dq(q, k, v, x.sinks, o, lse, x.do, dlse, dq, rows, partials, config=tiles["bwd_dq"], **call)
     launch.backward_dkdv(q, k, v, rows, x.do, dk, dv, partials, dsinks, config=tiles["bwd_dkdv"], **call)

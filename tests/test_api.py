@@ -229,7 +229,7 @@ def test_config_is_used_and_checked() -> None:
         found = flash_sink_attn_func(x.q, x.k, x.v, x.sinks, config=config)
         torch.testing.assert_close(found, expected, atol=2**-7, rtol=2**-7)
     for bad, words in ((TileConfig(48, 64), "fwd: BLOCK_M must be one of .* got 48"),
-                       (AttnConfig(bwd_dq=TileConfig(64, 64, PACK_GQA=True)), "bwd_dq: PACK_GQA"),
+                       (AttnConfig(bwd_dkdv=TileConfig(64, 64, PACK_GQA=True)), "bwd_dkdv: PACK_GQA"),
                        ({"forward": {}}, "unknown kernel 'forward'"), ({"fwd": {"BLOCK": 1}}, "unknown field 'BLOCK'")):
         with pytest.raises(ValueError, match=f"config: {words}"):
             flash_sink_attn_func(x.q, x.k, x.v, x.sinks, config=bad)

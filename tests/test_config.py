@@ -59,11 +59,19 @@ def test_a_value_out_of_range(kernel: Any, changes: dict[str, int], words: str) 
     assert reason(dataclasses.replace(TILE, **changes), kernel) == words
 
 
-def test_packing_is_for_a_forward_with_groups() -> None:
+def test_packing_is_for_rows_of_queries_with_groups() -> None:
     packed = dataclasses.replace(TILE, PACK_GQA=True)
-    assert reason(packed, "fwd", group=8) is None
-    assert "without a head group" in str(reason(packed, "fwd", group=1))
-    assert all("forward kernel only" in str(reason(packed, kernel, group=8)) for kernel in ("bwd_dq", "bwd_dkdv"))
+    for kernel in ("fwd", "bwd_dq"):
+        assert reason(packed, kernel, group=8) is None
+        assert "without a head group" in str(reason(packed, kernel, group=1))
+    assert "fwd and bwd_dq only" in str(reason(packed, "bwd_dkdv", group=8))
+
+
+def test_the_copy_engine_needs_whole_rows_of_statistics() -> None:
+    short = dataclasses.replace(TILE, BLOCK_M=16, TMA=True)
+    assert "BLOCK_M of at least 32" in str(reason(short, "bwd_dkdv"))
+    assert reason(short, "bwd_dq") is None
+    assert reason(dataclasses.replace(short, TMA=False), "bwd_dkdv") is None
 
 
 def test_the_copy_engine_needs_hopper_and_whole_head_dims() -> None:
@@ -159,7 +167,7 @@ def test_an_unknown_kernel_is_named() -> None:
         AttnConfig.from_dict({"bwd": TILE.to_dict()})
 
 
-def test_one_tile_everywhere_is_packed_in_the_forward_alone() -> None:
-    tile = TileConfig(64, 32, 8, 3, PACK_GQA=True, SPLIT_LOOPS=False, maxnreg=96, TMA=True)
-    plain = dataclasses.replace(tile, PACK_GQA=False)
-    assert AttnConfig.everywhere(tile) == AttnConfig(fwd=tile, bwd_dq=plain, bwd_dkdv=plain)
+def test_one_tile_everywhere_is_packed_where_that_is_a_choice() -> None:
+    tile = TileConfig(64, 32, 8, 3, PACK_GQA=True, SPLIT_LOOPS=False, maxnreg=96, TMA=True, REGISTER_A=True)
+    assert AttnConfig.everywhere(tile) == AttnConfig(
+        fwd=tile, bwd_dq=tile, bwd_dkdv=dataclasses.replace(tile, PACK_GQA=False))

@@ -36,8 +36,10 @@ def awkward(count: int, seed: int, longest: int) -> list[Any]:
         shape["head_dim_v"] = draw.choice([shape["head_dim"], shape["head_dim"], draw.choice([8, 48, 64])])
         window = draw.choice([None, 1, 2, 16, draw.randint(3, longest), 10 * longest])
         powers = {shape["head_dim"], shape["head_dim_v"]} <= {16, 32, 64}
-        config = tiles(draw.choice([16, 32, 64]), draw.choice([16, 32, 64]), SPLIT_LOOPS=draw.random() < 0.6,
-                       PACK_GQA=group > 1 and draw.random() < 0.5, TMA=HAS_TMA and powers and draw.random() < 0.7)
+        block_m, block_n = draw.choice([16, 32, 64]), draw.choice([16, 32, 64])
+        config = tiles(block_m, block_n, SPLIT_LOOPS=draw.random() < 0.6, PACK_GQA=group > 1 and draw.random() < 0.5,
+                       TMA=HAS_TMA and powers and block_m > 16 and draw.random() < 0.7,
+                       REGISTER_A=draw.random() < 0.5)
         name = "-".join(str(shape[k]) for k in ("batch", "seqlen_q", "seqlen_k", "heads_q", "heads_kv", "head_dim"))
         cases.append(pytest.param(shape, window, config, id=f"{i}-{name}-w{window}"))
     return cases
@@ -116,19 +118,37 @@ def test_softmax_scale(scale: float) -> None:
     assert_right(x, scale=scale)
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(("pack", "tma", "split"), [
+    (False, False, True), (True, False, True), (False, True, True), (True, True, False)])
 @pytest.mark.parametrize(("seqlens", "seqlens_k"), [
     ([5, 0, 33, 1], None), ([0, 0, 7], None), ([20, 3, 0, 9], [31, 3, 4, 0]), ([64, 64], None)])
-def test_varlen(seqlens: list[int], seqlens_k: list[int] | None, pack: bool) -> None:
+def test_varlen(seqlens: list[int], seqlens_k: list[int] | None, pack: bool, tma: bool, split: bool) -> None:
     x = make_inputs(heads_q=4, heads_kv=2, head_dim=16, dtype=torch.bfloat16, device=DEVICE, seqlens=seqlens,
                     seqlens_k=seqlens_k)
     for window in (None, 6):
-        assert_right(x, window=window, config=tiles(16, 32, PACK_GQA=pack))
+        assert_right(x, window=window, config=tiles(
+            32 if tma else 16, 32, PACK_GQA=pack, TMA=tma and HAS_TMA, REGISTER_A=tma, SPLIT_LOOPS=split))
 
 
-def test_more_sequences_than_one_chunk_of_the_search() -> None:
-    x = make_inputs(heads_q=1, heads_kv=1, head_dim=16, dtype=torch.bfloat16, device=DEVICE,
-                    seqlens=[1, 0, 2] + [1] * 125 + [20, 3])
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("window", [None, 9])
+def test_packed_sequences_do_not_see_each_other(window: int | None, tma: bool) -> None:
+    """Not even what is not a number in the rows right after a sequence, which its last tiles reach into."""
+    config = tiles(32, 32, TMA=tma and HAS_TMA, REGISTER_A=tma, SPLIT_LOOPS=window is None)
+    x = make_inputs(heads_q=2, heads_kv=1, head_dim=16, dtype=torch.float16, device=DEVICE, seqlens=[37, 20, 45])
+    clean = run_kernels(x, window=window, config=config)
+    poisoned = {name: getattr(x, name).clone() for name in ("q", "k", "v", "do")}
+    for tensor in poisoned.values():
+        tensor[37:57] = float("nan")
+    found = run_kernels(type(x)(**vars(x) | poisoned), window=window, config=config)
+    for name in ("o", "dq", "dk", "dv"):
+        for rows in (slice(0, 37), slice(57, None)):
+            assert torch.equal(found[name][rows], clean[name][rows]), name
+
+
+@pytest.mark.parametrize("seqlens", [[1, 0, 2] + [1] * 125 + [20, 3], [0] * 258 + [20] + [0] * 4 + [3]])
+def test_more_sequences_than_one_chunk_of_the_search(seqlens: list[int]) -> None:
+    x = make_inputs(heads_q=1, heads_kv=1, head_dim=16, dtype=torch.bfloat16, device=DEVICE, seqlens=seqlens)
     assert_right(x, config=tiles(16, 16))
 
 

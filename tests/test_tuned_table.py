@@ -32,9 +32,9 @@ def table():
 @pytest.fixture(autouse=True)
 def fresh_cache(monkeypatch):
     monkeypatch.delenv(ENV_VAR, raising=False)
-    tuned_table._load.cache_clear()
+    tuned_table.forget_tables()
     yield
-    tuned_table._load.cache_clear()
+    tuned_table.forget_tables()
 
 
 def test_exact_means_every_field(table):
@@ -84,13 +84,48 @@ def test_file_round_trip(table, tmp_path):
     assert TunedTable.load(path).entries == {}
 
 
+def test_a_table_of_the_first_schema_is_still_read(table, tmp_path):
+    document = table.to_dict() | {"schema_version": 1}
+    del document["arch"]
+    for e in document["entries"]:
+        del e["best_ms"]
+    path = tmp_path / "h100.json"
+    path.write_text(json.dumps(document))
+    again = TunedTable.load(path)
+    assert again.entries == table.entries and again.arch is None
+    assert {e.best_ms for e in again.entries.values()} == {None}
+
+
+def test_the_architecture_and_the_best_time_are_kept(tmp_path):
+    path = tmp_path / "h100.json"
+    TunedTable.build("h100", [entry(best_ms=0.099)], RUNS, arch=90).save(path)
+    again = TunedTable.load(path)
+    assert again.arch == 90 and again.entry("fwd", KEY).best_ms == 0.099
+    assert [e.key for e in again.of_kernel("fwd")] == [KEY] and again.of_kernel("bwd_dq") == ()
+
+
+def test_tables_of_other_cards_are_those_of_the_same_architecture(tmp_path, monkeypatch):
+    path = tmp_path / "mine.json"
+    TunedTable.build("h800", [entry()], RUNS, arch=90).save(path)
+    monkeypatch.setenv(ENV_VAR, str(path))
+    assert tuned_table.load_others("a-card", 90)[0].gpu == "h800"
+    assert "h800" not in [t.gpu for t in tuned_table.load_others("h800", 90)]
+    assert "h800" not in [t.gpu for t in tuned_table.load_others("a-card", 100)]
+    TunedTable.build("h800", [entry()], RUNS).save(path)
+    tuned_table.forget_tables()
+    assert "h800" not in [t.gpu for t in tuned_table.load_others("a-card", 90)]     # it does not say which it is for
+
+
 def test_only_runs_that_an_entry_names_are_kept():
     assert TunedTable.build("h100", [entry()], RUNS | {"old": {}}).runs == RUNS
 
 
 @pytest.mark.parametrize(("change", "field"), [
     (lambda d: d.pop("schema_version"), "schema_version: missing"),
-    (lambda d: d.update(schema_version=2), "schema_version: expected 1, got 2"),
+    (lambda d: d.update(schema_version=3), "schema_version: expected 1 or 2, got 3"),
+    (lambda d: d.update(arch="sm_90"), "arch: expected int or null, got 'sm_90'"),
+    (lambda d: d.update(arch=0), " arch: expected a positive number, got 0"),
+    (lambda d: d["entries"][0].update(best_ms=0), "entries[0].best_ms: expected a positive number, got 0"),
     (lambda d: d.update(gpu=7), "gpu: expected str, got 7"),
     (lambda d: d.update(entries={}), "entries: expected list"),
     (lambda d: d["entries"][1].pop("config"), "entries[1].config: missing"),

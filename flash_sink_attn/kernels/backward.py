@@ -9,6 +9,7 @@ from flash_sink_attn.kernels.common import (  # isort: skip
     LOG2E,
     dot,
     find_tile,
+    in_registers,
     load_tile,
     round_to,
     sequence_bounds,
@@ -30,26 +31,29 @@ def _lse_log2(lse):
 
 @triton.jit
 def _dq_loop(
-    dq, dq2, q, q2, do, do2, lse2, delta, k_source, v_source, b, head, begin, end, position, len_k, stride_k, stride_v,
-    window, scale_log2,
+    dq, dq2, q, q2, do, do2, lse2, delta, k_source, v_source, b, origin, head, begin, end, position, len_k, stride_k,
+    stride_v, window, scale_log2,
     BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Add the keys of [begin, end) to dq / scale."""
+    """Add the keys of [begin, end) to dq / scale. STAGES: depth of the load pipeline, None for the launch's."""
     MASKED: tl.constexpr = CAUSAL or WINDOW
     row = tl.arange(0, BLOCK_N)
-    for n in tl.range(begin, end, BLOCK_N):
+    for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         key = n + row
         inside = key < len_k
-        k = stream_tile(k_source, b, head, n, row, stride_k, inside, 0, BLOCK_N, BLOCK_D, D, MASKED, TMA)
-        v = stream_tile(v_source, b, head, n, row, stride_v, inside, 0, BLOCK_N, BLOCK_DV, DV, MASKED, TMA)
+        k = stream_tile(k_source, b, origin, head, n, row, stride_k, inside, 0, BLOCK_N, BLOCK_D, D, MASKED, TMA)
+        v = stream_tile(v_source, b, origin, head, n, row, stride_v, inside, 0, BLOCK_N, BLOCK_DV, DV, MASKED, TMA)
         s = dot(q, tl.trans(k))
         dp = dot(do, tl.trans(v))
         if BLOCK_D2:
-            k2 = stream_tile(k_source, b, head, n, row, stride_k, inside, BLOCK_D, BLOCK_N, BLOCK_D2, D, MASKED, TMA)
+            k2 = stream_tile(k_source, b, origin, head, n, row, stride_k, inside, BLOCK_D, BLOCK_N, BLOCK_D2, D,
+                             MASKED, TMA)
             s = dot(q2, tl.trans(k2), s)
         if BLOCK_DV2:
-            v2 = stream_tile(v_source, b, head, n, row, stride_v, inside, BLOCK_DV, BLOCK_N, BLOCK_DV2, DV, MASKED, TMA)
+            v2 = stream_tile(v_source, b, origin, head, n, row, stride_v, inside, BLOCK_DV, BLOCK_N, BLOCK_DV2, DV,
+                             MASKED, TMA)
             dp = dot(do2, tl.trans(v2), dp)
         p = tl.math.exp2(s * scale_log2 - lse2[:, None])
         if MASKED:
@@ -67,53 +71,66 @@ def _dq_loop(
     "window",
 ])
 def dq_kernel(
-    Q, K, V, Sinks, O, DO, Lse, DLse, DQ, Lse2, Delta, SinkPartials, CuSeqlensQ, CuSeqlensK,
+    Q, K, V, KTail, VTail, Sinks, O, DO, Lse, DLse, DQ, Lse2, Delta, SinkPartials, CuSeqlensQ, CuSeqlensK,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_rows,
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, window, scale, scale_log2,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    VARLEN: tl.constexpr, WINDOW: tl.constexpr, SPLIT_LOOPS: tl.constexpr, STRIDE_UNIT: tl.constexpr,
-    TMA: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, WINDOW: tl.constexpr, PACK_GQA: tl.constexpr,
+    SPLIT_LOOPS: tl.constexpr, STRIDE_UNIT: tl.constexpr, TMA: tl.constexpr, OWN_TMA: tl.constexpr,
+    REGISTER_A: tl.constexpr,
 ):
-    """One program: BLOCK_M query rows of one query head. Conventions as in fwd_kernel.
+    """One program: BLOCK_M query rows of one head, or of all heads of a group when PACK_GQA. As fwd_kernel, and:
 
-    DO: like O, by strides stride_g*. O, DQ: contiguous. Lse, DLse: float32 (batch, heads_q, seqlen_q), varlen
-    (heads_q, total_q). SinkPartials: float32 (tiles, heads_q), the tile's share of dsinks. DLse, DQ, SinkPartials may
-    be None. With TMA, K and V are descriptors of one (1, BLOCK_N, 1, head_dim) tile.
+    DO: like O, by strides stride_g*; with OWN_TMA a descriptor like Q's. O, DQ: contiguous. Lse, DLse: float32 (batch,
+    heads_q, seqlen_q), varlen (heads_q, total_q). SinkPartials: float32 (tiles, heads_q), the tile's share of dsinks.
+    DLse, DQ, SinkPartials may be None.
 
     Lse2, Delta: float32, what dkdv_kernel needs of each row: lse in units of log2 (+inf where lse is -inf and beyond
     the last row) and rowsum(o * do) - dlse. A head's rows are stride_rows * 16 apart; sequence b of a packed batch
     begins at row (start // 16 + b) * 16, which leaves each room to round its length up to a multiple of 16.
     """
+    ROWS_PER_TOKEN: tl.constexpr = GROUP if PACK_GQA else 1
     heads_q = heads_kv * GROUP
+    heads = heads_kv if PACK_GQA else heads_q
     stride_qs = stride_qs * STRIDE_UNIT
+    stride_qh = stride_qh * STRIDE_UNIT
     stride_ks = stride_ks * STRIDE_UNIT
     stride_vs = stride_vs * STRIDE_UNIT
     stride_gs = stride_gs * STRIDE_UNIT
+    stride_gh = stride_gh * STRIDE_UNIT
+    stride_rows = stride_rows * 16
+    in_group = tl.arange(0, BLOCK_GROUP)
     pid = tl.program_id(0)
-    head = pid % heads_q
-    head_kv = head // GROUP
+    head = pid % heads
     if VARLEN:
-        slot = pid // heads_q
-        b, tile = find_tile(CuSeqlensQ, batch, seqlen_q, slot, 1, BLOCK_M)
-        if b >= batch:
+        slot = pid // heads
+        b, tile, start_q, len_q = find_tile(CuSeqlensQ, batch, seqlen_q, slot, ROWS_PER_TOKEN, BLOCK_M)
+        if len_q == 0:
             if SinkPartials is not None:
-                tl.store(SinkPartials + slot * heads_q + head, 0.0)
+                at = SinkPartials + slot * heads_q + head * ROWS_PER_TOKEN
+                tl.store(at + in_group, tl.zeros([BLOCK_GROUP], tl.float32), mask=in_group < ROWS_PER_TOKEN)
             return
-        start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
-        start_k, len_k = sequence_bounds(CuSeqlensK, b, seqlen_k)
-        tile = (len_q + BLOCK_M - 1) // BLOCK_M - 1 - tile
+        start_k = start_q
+        len_k = len_q
+        if CuSeqlensK is not None:
+            start_k, len_k = sequence_bounds(CuSeqlensK, b, seqlen_k)
+        tile = (len_q * ROWS_PER_TOKEN + BLOCK_M - 1) // BLOCK_M - 1 - tile
         q_origin = start_q.to(tl.int64) * stride_qs
         k_origin = start_k.to(tl.int64) * stride_ks
         v_origin = start_k.to(tl.int64) * stride_vs
         g_origin = start_q.to(tl.int64) * stride_gs
         o_token = start_q.to(tl.int64)
-        lse_origin = head * seqlen_q.to(tl.int64) + o_token
-        rows_origin = head * stride_rows.to(tl.int64) * 16 + (start_q // 16 + b) * 16
+        b_tma = 0
+        q_token = start_q
+        k_token = start_k
+        first_lse = o_token
+        first_stat = (start_q // 16 + b) * 16
+        stride_lse = seqlen_q
     else:
-        b = (pid // heads_q) % batch
-        tile = num_tiles - 1 - pid // (heads_q * batch)
+        b = (pid // heads) % batch
+        tile = num_tiles - 1 - pid // (heads * batch)
         slot = b * num_tiles + tile
         len_q = seqlen_q
         len_k = seqlen_k
@@ -122,84 +139,150 @@ def dq_kernel(
         v_origin = b.to(tl.int64) * stride_vb * STRIDE_UNIT
         g_origin = b.to(tl.int64) * stride_gb * STRIDE_UNIT
         o_token = b.to(tl.int64) * seqlen_q
-        lse_origin = (b * heads_q + head).to(tl.int64) * seqlen_q
-        rows_origin = (b * heads_q + head).to(tl.int64) * stride_rows * 16
+        b_tma = b
+        q_token = 0
+        k_token = 0
+        first_lse = b.to(tl.int64) * heads_q * seqlen_q
+        first_stat = b.to(tl.int64) * heads_q * stride_rows
+        stride_lse = seqlen_q
 
     row = tl.arange(0, BLOCK_M)
-    first = tile * BLOCK_M
-    row_ok = first + row < len_q
+    first = tile * BLOCK_M // ROWS_PER_TOKEN
+    if PACK_GQA:
+        head_kv = head
+        token = (tile * BLOCK_M + row) // GROUP - first
+        member = (tile * BLOCK_M + row) % GROUP
+        head_q = head * GROUP + member
+    else:
+        head_kv = head // GROUP
+        token = row
+        member = 0
+        head_q = head
+    row_ok = first + token < len_q
+
+    # The first head's rows of the tile, and each row's distance from there.
+    first_head = (head_kv * GROUP if PACK_GQA else head).to(tl.int64)
     stride_os = heads_q * DV
-    o_base = O + (o_token + first) * stride_os + head.to(tl.int64) * DV
-    g_base = DO + g_origin + first.to(tl.int64) * stride_gs + head.to(tl.int64) * stride_gh * STRIDE_UNIT
-    do = load_tile(g_base, row, stride_gs, row_ok, 0, BLOCK_DV, DV, True)
-    o = load_tile(o_base, row, stride_os, row_ok, 0, BLOCK_DV, DV, True)
+    o_base = O + (o_token + first) * stride_os + first_head * DV
+    o_row = token * stride_os + member * DV
+    q_base = Q
+    g_base = DO
+    if OWN_TMA:
+        if PACK_GQA:
+            do = DO.load([b_tma, q_token + first, head_kv, 0, 0]).reshape([BLOCK_M, BLOCK_DV])
+        else:
+            do = DO.load([b_tma, q_token + first, head, 0]).reshape([BLOCK_M, BLOCK_DV])
+    else:
+        q_base = Q + q_origin + first.to(tl.int64) * stride_qs + first_head * stride_qh
+        g_base = DO + g_origin + first.to(tl.int64) * stride_gs + first_head * stride_gh
+        g_row = token * stride_gs + member * stride_gh
+        do = load_tile(g_base, g_row, 1, row_ok, 0, BLOCK_DV, DV, True)
+    o = load_tile(o_base, o_row, 1, row_ok, 0, BLOCK_DV, DV, True)
     delta = tl.sum(widen(o) * widen(do), 1)
     do2 = do
     if BLOCK_DV2:
-        do2 = load_tile(g_base, row, stride_gs, row_ok, BLOCK_DV, BLOCK_DV2, DV, True)
-        o2 = load_tile(o_base, row, stride_os, row_ok, BLOCK_DV, BLOCK_DV2, DV, True)
+        do2 = load_tile(g_base, g_row, 1, row_ok, BLOCK_DV, BLOCK_DV2, DV, True)
+        o2 = load_tile(o_base, o_row, 1, row_ok, BLOCK_DV, BLOCK_DV2, DV, True)
         delta += tl.sum(widen(o2) * widen(do2), 1)
+    lse_at = first_lse + head_q * stride_lse.to(tl.int64) + first + token
     if DLse is not None:
-        delta -= tl.load(DLse + lse_origin + first + row, mask=row_ok, other=0.0)
-    lse2 = _lse_log2(tl.load(Lse + lse_origin + first + row, mask=row_ok, other=float("-inf")))
-    inside = first + row < (len_q + 15) // 16 * 16
-    tl.store(Lse2 + rows_origin + first + row, lse2, mask=inside)
-    tl.store(Delta + rows_origin + first + row, delta, mask=inside)
+        delta -= tl.load(DLse + lse_at, mask=row_ok, other=0.0)
+    if OWN_TMA:
+        # (rows that do not exist may be those of the next packed sequence)
+        delta = tl.where(row_ok, delta, 0.0)
+    lse2 = _lse_log2(tl.load(Lse + lse_at, mask=row_ok, other=float("-inf")))
+    stat_at = first_stat + head_q * stride_rows.to(tl.int64) + first + token
+    rounded = (len_q + 15) // 16 * 16
+    if PACK_GQA:
+        tl.store(Lse2 + stat_at, lse2, mask=row_ok)
+        tl.store(Delta + stat_at, delta, mask=row_ok)
+        if (tile + 1) * BLOCK_M >= len_q * GROUP:
+            beyond = len_q + tl.arange(0, 16)
+            at = first_stat + (head_kv * GROUP + in_group)[:, None] * stride_rows.to(tl.int64) + beyond[None, :]
+            inside = (in_group < GROUP)[:, None] & (beyond < rounded)[None, :]
+            tl.store(Lse2 + at, tl.full([BLOCK_GROUP, 16], float("inf"), tl.float32), mask=inside)
+            tl.store(Delta + at, tl.zeros([BLOCK_GROUP, 16], tl.float32), mask=inside)
+    else:
+        tl.store(Lse2 + stat_at, lse2, mask=first + row < rounded)
+        tl.store(Delta + stat_at, delta, mask=first + row < rounded)
     if SinkPartials is not None:
-        sink = widen(tl.load(Sinks + head)) * LOG2E
-        tl.store(SinkPartials + slot * heads_q + head, -tl.sum(tl.math.exp2(sink - lse2) * delta, 0))
-    if DQ is not None:
-        q_base = Q + q_origin + first.to(tl.int64) * stride_qs + head.to(tl.int64) * stride_qh * STRIDE_UNIT
-        if TMA:
-            k_source = K
-            v_source = V
+        share = -tl.math.exp2(widen(tl.load(Sinks + head_q)) * LOG2E - lse2) * delta
+        if PACK_GQA:
+            shares = tl.sum(tl.where(member[:, None] == in_group[None, :], share[:, None], 0.0), 0)
+            tl.store(SinkPartials + slot * heads_q + head_kv * GROUP + in_group, shares, mask=in_group < GROUP)
         else:
-            k_source = K + k_origin + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
-            v_source = V + v_origin + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
-        q = load_tile(q_base, row, stride_qs, row_ok, 0, BLOCK_D, D, True)
+            tl.store(SinkPartials + slot * heads_q + head, tl.sum(share, 0))
+    if DQ is not None:
+        k_rows = K
+        v_rows = V
+        if not TMA:
+            k_rows = K + k_origin + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
+            v_rows = V + v_origin + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
+        if OWN_TMA:
+            if PACK_GQA:
+                q = Q.load([b_tma, q_token + first, head_kv, 0, 0]).reshape([BLOCK_M, BLOCK_D])
+            else:
+                q = Q.load([b_tma, q_token + first, head, 0]).reshape([BLOCK_M, BLOCK_D])
+        else:
+            q_row = token * stride_qs + member * stride_qh
+            q = in_registers(load_tile(q_base, q_row, 1, row_ok, 0, BLOCK_D, D, True), row_ok, REGISTER_A)
+            do = in_registers(do, row_ok, REGISTER_A)
         q2 = q
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         dq2 = dq
         if BLOCK_D2:
-            q2 = load_tile(q_base, row, stride_qs, row_ok, BLOCK_D, BLOCK_D2, D, True)
+            q2 = in_registers(load_tile(q_base, q_row, 1, row_ok, BLOCK_D, BLOCK_D2, D, True), row_ok, REGISTER_A)
             dq2 = tl.zeros([BLOCK_M, BLOCK_D2], tl.float32)
+        if BLOCK_DV2:
+            do2 = in_registers(do2, row_ok, REGISTER_A)
 
         offset = len_k - len_q
         earliest = first + offset
-        position = earliest + row
-        latest = tl.minimum(first + BLOCK_M, len_q) - 1 + offset
+        position = earliest + token
+        latest = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // ROWS_PER_TOKEN, len_q - 1) + offset
         begin = 0
         if WINDOW:
             begin = tl.maximum(earliest - window + 1, 0)
         end = tl.maximum(latest + 1, 0)
+        stop = end
+        if VARLEN and TMA:
+            stop = tl.minimum(end, begin + tl.maximum(len_k - begin, 0) // BLOCK_N * BLOCK_N)
         if SPLIT_LOOPS:
             edge = begin
             if WINDOW:
-                edge = tl.minimum(begin + tl.cdiv(tl.maximum(latest + 1 - window - begin, 0), BLOCK_N) * BLOCK_N, end)
+                edge = tl.minimum(begin + tl.cdiv(tl.maximum(latest + 1 - window - begin, 0), BLOCK_N) * BLOCK_N, stop)
                 dq, dq2 = _dq_loop(
-                    dq, dq2, q, q2, do, do2, lse2, delta, k_source, v_source, b, head_kv, begin, edge, position, len_k,
-                    stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2,
-                    TMA, WINDOW == 2,
-                    True)
+                    dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, b_tma, k_token, head_kv, begin, edge,
+                    position, len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2,
+                    BLOCK_DV, BLOCK_DV2, TMA, WINDOW == 2, True, None)
             diagonal = tl.maximum(begin + tl.maximum((earliest + 1 - begin) // BLOCK_N, 0) * BLOCK_N, edge)
             dq, dq2 = _dq_loop(
-                dq, dq2, q, q2, do, do2, lse2, delta, k_source, v_source, b, head_kv, edge, diagonal, position, len_k,
-                stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
-                False, False)
+                dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, b_tma, k_token, head_kv, edge, diagonal,
+                position, len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2,
+                BLOCK_DV, BLOCK_DV2, TMA, False, False, None)
             dq, dq2 = _dq_loop(
-                dq, dq2, q, q2, do, do2, lse2, delta, k_source, v_source, b, head_kv, diagonal, end, position, len_k,
-                stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
-                True, WINDOW == 2)
+                dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, b_tma, k_token, head_kv, diagonal, stop,
+                position, len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2,
+                BLOCK_DV, BLOCK_DV2, TMA, True, WINDOW == 2, None)
         else:
             dq, dq2 = _dq_loop(
-                dq, dq2, q, q2, do, do2, lse2, delta, k_source, v_source, b, head_kv, begin, end, position, len_k,
-                stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
-                True, WINDOW > 0)
+                dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, b_tma, k_token, head_kv, begin, stop, position,
+                len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV,
+                BLOCK_DV2, TMA, True, WINDOW > 0, None)
+        if VARLEN and TMA:
+            TAIL_N: tl.constexpr = 32 if BLOCK_N > 32 else BLOCK_N  # few registers matter more here than speed
+            k_rows = KTail + k_origin + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
+            v_rows = VTail + v_origin + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
+            dq, dq2 = _dq_loop(
+                dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, b_tma, k_token, head_kv, stop, end, position,
+                len_k, stride_ks, stride_vs, window, scale_log2, TAIL_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV,
+                BLOCK_DV2, False, True, WINDOW > 0, 1)
         stride_dq = heads_q * D
-        dq_base = DQ + (o_token + first) * stride_dq + head.to(tl.int64) * D
-        store_tile(dq_base, row, stride_dq, row_ok, dq * scale, 0, BLOCK_D, D)
+        dq_base = DQ + (o_token + first) * stride_dq + first_head * D
+        dq_row = token * stride_dq + member * D
+        store_tile(dq_base, dq_row, 1, row_ok, dq * scale, 0, BLOCK_D, D)
         if BLOCK_D2:
-            store_tile(dq_base, row, stride_dq, row_ok, dq2 * scale, BLOCK_D, BLOCK_D2, D)
+            store_tile(dq_base, dq_row, 1, row_ok, dq2 * scale, BLOCK_D, BLOCK_D2, D)
 
 
 @triton.jit
@@ -217,39 +300,43 @@ def _row_statistics(lse_base, delta_base, member, start, len_q, stride_rows, BLO
 
 @triton.jit
 def _dkdv_loop(
-    dk, dk2, dv, dv2, k, k2, v, v2, q_source, g_source, lse_base, delta_base, b, head, first_m, tiles, key, len_q,
-    offset,
-    stride_rows, stride_qs, stride_qh, stride_gs, stride_gh, window, scale_log2,
+    dk, dk2, dv, dv2, k, k2, v, v2, q_source, g_source, lse_source, delta_source, b, origin, stat_origin, head,
+    first_m, tiles, key, len_q, offset, stride_rows, stride_qs, stride_qh, stride_gs, stride_gh, window, scale_log2,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_D2: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Add ``tiles`` query tiles from row first_m on, of every head of the group, to dk / scale and dv.
 
-    head: the group's first query head.
+    head: the group's first query head. origin, stat_origin: the sequence's first row in what the descriptors of
+    TMA point to. STAGES: depth of the load pipeline, None for the launch's.
     """
     row = tl.arange(0, BLOCK_M)
     steps = tiles * GROUP
     if steps > 0:
-        # The row statistics of the next tile are loaded while this one is worked on: they are too small for the
-        # compiler to pipeline, and waiting for them would stall every step.
-        lse2, delta = _row_statistics(lse_base, delta_base, 0, first_m, len_q, stride_rows, BLOCK_M)
+        if not TMA:
+            # The row statistics of the next tile are loaded while this one is worked on: they are too small for the
+            # compiler to pipeline, and waiting for them would stall every step.
+            lse2, delta = _row_statistics(lse_source, delta_source, 0, first_m, len_q, stride_rows, BLOCK_M)
         # One flat loop over (head, tile): a nested one would drain the load pipeline at every head.
-        for i in tl.range(0, steps):
+        for i in tl.range(0, steps, num_stages=STAGES):
             member = i // tiles
             start = first_m + (i % tiles) * BLOCK_M
             query = start + row
             row_ok = query < len_q
+            q_tile = q_source
+            g_tile = g_source
             if TMA:
-                q_tile = q_source
-                g_tile = g_source
+                lse2 = lse_source.load([b, head + member, stat_origin + start]).reshape([BLOCK_M])
+                delta = delta_source.load([b, head + member, stat_origin + start]).reshape([BLOCK_M])
             else:
                 q_tile = q_source + member * stride_qh.to(tl.int64)
                 g_tile = g_source + member * stride_gh.to(tl.int64)
             # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-            q = stream_tile(q_tile, b, head + member, start, row, stride_qs, row_ok, 0, BLOCK_M, BLOCK_D, D, True, TMA)
-            do = stream_tile(g_tile, b, head + member, start, row, stride_gs, row_ok, 0, BLOCK_M, BLOCK_DV, DV, True,
-                             TMA)
+            q = stream_tile(q_tile, b, origin, head + member, start, row, stride_qs, row_ok, 0, BLOCK_M, BLOCK_D, D,
+                            True, TMA)
+            do = stream_tile(g_tile, b, origin, head + member, start, row, stride_gs, row_ok, 0, BLOCK_M, BLOCK_DV,
+                             DV, True, TMA)
             # [BLOCK_N, BLOCK_M]
             s = dot(k, tl.trans(q))
             dp = dot(v, tl.trans(do))
@@ -269,10 +356,11 @@ def _dkdv_loop(
             if BLOCK_DV2:
                 dv2 = dot(p_half, do2, dv2)
             ds = round_to(p * (dp - delta[None, :]), k.dtype)
-            following = tl.minimum(i + 1, steps - 1)
-            lse2, delta = _row_statistics(
-                lse_base, delta_base, following // tiles, first_m + (following % tiles) * BLOCK_M, len_q, stride_rows,
-                BLOCK_M)
+            if not TMA:
+                following = tl.minimum(i + 1, steps - 1)
+                lse2, delta = _row_statistics(
+                    lse_source, delta_source, following // tiles, first_m + (following % tiles) * BLOCK_M, len_q,
+                    stride_rows, BLOCK_M)
             dk = dot(ds, q, dk)
             if BLOCK_D2:
                 dk2 = dot(ds, q2, dk2)
@@ -286,20 +374,22 @@ def _dkdv_loop(
     "window",
 ])
 def dkdv_kernel(
-    Q, K, V, DO, Lse2, Delta, DK, DV_, SinkPartials, DSinks, CuSeqlensQ, CuSeqlensK,
+    Q, K, V, DO, Lse2, Delta, QTail, DOTail, Lse2Tail, DeltaTail, DK, DV_, SinkPartials, DSinks, CuSeqlensQ, CuSeqlensK,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_rows,
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, num_partials, window, scale, scale_log2,
     GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_D2: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, WINDOW: tl.constexpr, SPLIT_LOOPS: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, TMA: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, TMA: tl.constexpr, REGISTER_A: tl.constexpr,
 ):
     """One program: BLOCK_N keys of one key head, summed over the query heads of its group.
 
-    With TMA, Q and DO are descriptors of one (1, BLOCK_M, 1, head_dim) tile. DK, DV_: contiguous. Lse2, Delta: as
-    dq_kernel leaves them. SinkPartials (num_partials, heads_q) is summed into DSinks (heads_q,) by the last program of
-    each key head, which has the least work under a causal mask; both may be None.
+    DK, DV_: contiguous. Lse2, Delta: as dq_kernel leaves them. With TMA, Q and DO are descriptors of one
+    (1, BLOCK_M, 1, head_dim) tile, Lse2 and Delta of one (1, 1, BLOCK_M) tile, and their four tails are the pointers
+    for the end of a packed sequence. REGISTER_A: k and v stay in registers. SinkPartials (num_partials, heads_q) is
+    summed into DSinks (heads_q,) by the last program of each key head, which has the least work under a causal mask;
+    both may be None.
     """
     heads_q = heads_kv * GROUP
     stride_qs = stride_qs * STRIDE_UNIT
@@ -323,17 +413,24 @@ def dkdv_kernel(
             dsinks = tl.sum(total, 0)
             tl.store(DSinks + head_kv * GROUP + member, round_to(dsinks, DSinks.dtype.element_ty), mask=member < GROUP)
     if VARLEN:
-        b, tile = find_tile(CuSeqlensK, batch, seqlen_k, pid // heads_kv, 1, BLOCK_N)
-        if b >= batch:
+        if CuSeqlensK is None:
+            b, tile, start_k, len_k = find_tile(CuSeqlensQ, batch, seqlen_q, pid // heads_kv, 1, BLOCK_N)
+            start_q = start_k
+            len_q = len_k
+        else:
+            b, tile, start_k, len_k = find_tile(CuSeqlensK, batch, seqlen_k, pid // heads_kv, 1, BLOCK_N)
+            start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
+        if len_k == 0:
             return
-        start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
-        start_k, len_k = sequence_bounds(CuSeqlensK, b, seqlen_k)
         q_origin = start_q.to(tl.int64) * stride_qs
         g_origin = start_q.to(tl.int64) * stride_gs
         k_origin = start_k.to(tl.int64) * stride_ks
         v_origin = start_k.to(tl.int64) * stride_vs
         k_token = start_k.to(tl.int64)
-        rows_origin = (head_kv * GROUP) * stride_rows.to(tl.int64) + (start_q // 16 + b) * 16
+        b_tma = 0
+        q_token = start_q
+        stat_token = (start_q // 16 + b) * 16
+        stat_origin = (head_kv * GROUP) * stride_rows.to(tl.int64) + stat_token
     else:
         b = (pid // heads_kv) % batch
         tile = pid // (heads_kv * batch)
@@ -344,7 +441,10 @@ def dkdv_kernel(
         k_origin = b.to(tl.int64) * stride_kb * STRIDE_UNIT
         v_origin = b.to(tl.int64) * stride_vb * STRIDE_UNIT
         k_token = b.to(tl.int64) * seqlen_k
-        rows_origin = (b * heads_q + head_kv * GROUP).to(tl.int64) * stride_rows
+        b_tma = b
+        q_token = 0
+        stat_token = 0
+        stat_origin = (b * heads_q + head_kv * GROUP).to(tl.int64) * stride_rows
 
     row = tl.arange(0, BLOCK_N)
     first = tile * BLOCK_N
@@ -353,23 +453,25 @@ def dkdv_kernel(
     k_base = K + k_origin + first.to(tl.int64) * stride_ks + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
     v_base = V + v_origin + first.to(tl.int64) * stride_vs + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
     if TMA:
-        q_source = Q
-        g_source = DO
+        q_rows = Q
+        g_rows = DO
+        lse_rows = Lse2
+        delta_rows = Delta
     else:
-        q_source = Q + q_origin + (head_kv * GROUP).to(tl.int64) * stride_qh
-        g_source = DO + g_origin + (head_kv * GROUP).to(tl.int64) * stride_gh
-    lse_base = Lse2 + rows_origin
-    delta_base = Delta + rows_origin
-    k = load_tile(k_base, row, stride_ks, row_ok, 0, BLOCK_D, D, True)
-    v = load_tile(v_base, row, stride_vs, row_ok, 0, BLOCK_DV, DV, True)
+        q_rows = Q + q_origin + (head_kv * GROUP).to(tl.int64) * stride_qh
+        g_rows = DO + g_origin + (head_kv * GROUP).to(tl.int64) * stride_gh
+        lse_rows = Lse2 + stat_origin
+        delta_rows = Delta + stat_origin
+    k = in_registers(load_tile(k_base, row, stride_ks, row_ok, 0, BLOCK_D, D, True), row_ok, REGISTER_A)
+    v = in_registers(load_tile(v_base, row, stride_vs, row_ok, 0, BLOCK_DV, DV, True), row_ok, REGISTER_A)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     k2, v2, dk2, dv2 = k, v, dk, dv
     if BLOCK_D2:
-        k2 = load_tile(k_base, row, stride_ks, row_ok, BLOCK_D, BLOCK_D2, D, True)
+        k2 = in_registers(load_tile(k_base, row, stride_ks, row_ok, BLOCK_D, BLOCK_D2, D, True), row_ok, REGISTER_A)
         dk2 = tl.zeros([BLOCK_N, BLOCK_D2], tl.float32)
     if BLOCK_DV2:
-        v2 = load_tile(v_base, row, stride_vs, row_ok, BLOCK_DV, BLOCK_DV2, DV, True)
+        v2 = in_registers(load_tile(v_base, row, stride_vs, row_ok, BLOCK_DV, BLOCK_DV2, DV, True), row_ok, REGISTER_A)
         dv2 = tl.zeros([BLOCK_N, BLOCK_DV2], tl.float32)
 
     # Query rows that see any of these keys: [begin, end), in query coordinates, begin aligned for _row_statistics.
@@ -378,15 +480,21 @@ def dkdv_kernel(
     end = len_q
     if WINDOW:
         end = tl.maximum(tl.minimum(first + BLOCK_N - 1 - offset + window, len_q), begin)
-    tiles = tl.cdiv(end - begin, BLOCK_M)
+    all_tiles = tl.cdiv(end - begin, BLOCK_M)
+    tiles = all_tiles
+    if VARLEN and TMA:
+        # The copy engine does not clip at the end of a packed sequence: the tile that crosses it comes by pointers.
+        tiles = tl.minimum(all_tiles, (len_q - begin) // BLOCK_M)
+    tail = begin + tiles * BLOCK_M
+    group_head = head_kv * GROUP
     if SPLIT_LOOPS:
         # tiles whose first row comes before the last of these keys
         cut = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_N - 1 - offset - begin, 0), BLOCK_M), tiles)
         dk, dk2, dv, dv2 = _dkdv_loop(
-            dk, dk2, dv, dv2, k, k2, v, v2, q_source, g_source, lse_base, delta_base, b, head_kv * GROUP, begin, cut,
-            key, len_q, offset,
-            stride_rows, stride_qs, stride_qh, stride_gs, stride_gh, window, scale_log2,
-            GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, True, WINDOW == 2)
+            dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, b_tma, q_token, stat_token,
+            group_head, begin, cut, key, len_q, offset, stride_rows, stride_qs, stride_qh, stride_gs, stride_gh,
+            window, scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, True, WINDOW == 2,
+            None)
         begin += cut * BLOCK_M
         tiles -= cut
         cut = tiles
@@ -394,22 +502,31 @@ def dkdv_kernel(
             # tiles whose last row still sees the first of these keys
             cut = tl.minimum(tl.maximum((first - offset + window - begin) // BLOCK_M, 0), tiles)
         dk, dk2, dv, dv2 = _dkdv_loop(
-            dk, dk2, dv, dv2, k, k2, v, v2, q_source, g_source, lse_base, delta_base, b, head_kv * GROUP, begin, cut,
-            key, len_q, offset,
-            stride_rows, stride_qs, stride_qh, stride_gs, stride_gh, window, scale_log2,
-            GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, False, False)
+            dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, b_tma, q_token, stat_token,
+            group_head, begin, cut, key, len_q, offset, stride_rows, stride_qs, stride_qh, stride_gs, stride_gh,
+            window, scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, False, False,
+            None)
         if WINDOW:
             dk, dk2, dv, dv2 = _dkdv_loop(
-                dk, dk2, dv, dv2, k, k2, v, v2, q_source, g_source, lse_base, delta_base, b, head_kv * GROUP,
-                begin + cut * BLOCK_M,
-                tiles - cut, key, len_q, offset, stride_rows, stride_qs, stride_qh, stride_gs, stride_gh, window,
-                scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, False, True)
+                dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, b_tma, q_token, stat_token,
+                group_head, begin + cut * BLOCK_M, tiles - cut, key, len_q, offset, stride_rows, stride_qs, stride_qh,
+                stride_gs, stride_gh, window, scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV,
+                BLOCK_DV2, TMA, False, True, None)
     else:
         dk, dk2, dv, dv2 = _dkdv_loop(
-            dk, dk2, dv, dv2, k, k2, v, v2, q_source, g_source, lse_base, delta_base, b, head_kv * GROUP, begin,
-            tiles, key, len_q, offset,
-            stride_rows, stride_qs, stride_qh, stride_gs, stride_gh, window, scale_log2,
-            GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, True, WINDOW > 0)
+            dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, b_tma, q_token, stat_token,
+            group_head, begin, tiles, key, len_q, offset, stride_rows, stride_qs, stride_qh, stride_gs, stride_gh,
+            window, scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, True, WINDOW > 0,
+            None)
+    if VARLEN and TMA:
+        TAIL_M: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M  # few registers matter more here than speed
+        tail_tiles = tl.cdiv(tl.maximum(end - tail, 0), TAIL_M)
+        dk, dk2, dv, dv2 = _dkdv_loop(
+            dk, dk2, dv, dv2, k, k2, v, v2, QTail + q_origin + group_head.to(tl.int64) * stride_qh,
+            DOTail + g_origin + group_head.to(tl.int64) * stride_gh, Lse2Tail + stat_origin, DeltaTail + stat_origin,
+            b_tma, q_token, stat_token, group_head, tail, tail_tiles, key, len_q, offset, stride_rows, stride_qs,
+            stride_qh, stride_gs, stride_gh, window, scale_log2, GROUP, TAIL_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV,
+            BLOCK_DV2, False, True, WINDOW > 0, 1)
 
     stride_dk = heads_kv * D
     stride_dv = heads_kv * DV

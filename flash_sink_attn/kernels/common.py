@@ -60,29 +60,55 @@ def sequence_bounds(cu_seqlens, index, total):
 
 
 @triton.jit
-def find_tile(cu_seqlens, batch, total, tile, ROWS_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Map a global tile number to (sequence, tile within it); sequence == batch when there is no such tile.
+def _find_in_chunk(cu_seqlens, first, batch, total, tile, CHUNK: tl.constexpr, ROWS_PER_TOKEN: tl.constexpr,
+                   BLOCK: tl.constexpr):
+    """Look for a tile among CHUNK sequences from ``first`` on, in which it would be number ``tile``.
 
-    Every program walks the prefix sums of the sequences' tile counts itself: a few loads from L2 instead of a map
-    built by another launch or a grid padded to the longest sequence.
+    Returns (sequence or 0, its first token, its length, tiles of the chunk before the sequence, tiles of the chunk).
     """
-    CHUNK: tl.constexpr = 128
-    sequence = 0
-    tiles_before = 0
-    tiles_seen = 0
-    for first in range(0, batch, CHUNK):
-        index = first + tl.arange(0, CHUNK)
-        inside = index < batch
-        start = tl.load(cu_seqlens + index, mask=inside, other=0)
-        end = tl.load(cu_seqlens + index + 1, mask=inside, other=0)
-        start = tl.minimum(tl.maximum(start, 0), total)
-        end = tl.minimum(tl.maximum(end, start), total)
-        tiles = tl.where(inside, ((end - start) * ROWS_PER_TOKEN + BLOCK - 1) // BLOCK, 0)
-        passed = inside & (tiles_seen + tl.cumsum(tiles, 0) <= tile)
-        sequence += tl.sum(passed.to(tl.int32), 0)
-        tiles_before += tl.sum(tl.where(passed, tiles, 0), 0)
-        tiles_seen += tl.sum(tiles, 0)
-    return sequence, tile - tiles_before
+    index = first + tl.arange(0, CHUNK)
+    inside = index < batch
+    start = tl.load(cu_seqlens + index, mask=inside, other=0)
+    end = tl.load(cu_seqlens + index + 1, mask=inside, other=0)
+    start = tl.minimum(tl.maximum(start, 0), total)
+    end = tl.minimum(tl.maximum(end, start), total)
+    tiles = tl.where(inside, ((end - start) * ROWS_PER_TOKEN + BLOCK - 1) // BLOCK, 0)
+    after = tl.cumsum(tiles, 0)
+    here = (after > tile) & (after - tiles <= tile)
+    # Two sums for four numbers: exactly one sequence is here, or none.
+    where = tl.sum(tl.where(here, index.to(tl.int64) << 32 | (after - tiles).to(tl.int64), 0), 0)
+    span = tl.sum(tl.where(here, start.to(tl.int64) << 32 | (end - start).to(tl.int64), 0), 0)
+    return ((where >> 32).to(tl.int32), (span >> 32).to(tl.int32), span.to(tl.int32), where.to(tl.int32),
+            tl.sum(tiles, 0))
+
+
+@triton.jit
+def find_tile(cu_seqlens, batch, total, tile, ROWS_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Map a global tile number to (sequence, tile within it, the sequence's first token, its length).
+
+    Length 0 when there is no such tile. Every program walks the prefix sums of the sequences' tile counts itself: a
+    few loads from L2 instead of a map built by another launch or a grid padded to the longest sequence.
+    """
+    if batch <= 32:
+        # (within a warp: no barrier)
+        b, start, length, before, seen = _find_in_chunk(cu_seqlens, 0, batch, total, tile, 32, ROWS_PER_TOKEN, BLOCK)
+        local = tile - before
+    else:
+        CHUNK: tl.constexpr = 256
+        b = 0
+        start = 0
+        length = 0
+        local = tile
+        left = tile
+        for first in range(0, batch, CHUNK):
+            sequence, begin, size, before, seen = _find_in_chunk(cu_seqlens, first, batch, total, left, CHUNK,
+                                                                 ROWS_PER_TOKEN, BLOCK)
+            b += sequence
+            start += begin
+            length += size
+            local = tl.where(size > 0, left - before, local)
+            left -= tl.where(left >= seen, seen, 2 * left + 1)  # negative once it is found: it is in no other chunk
+    return b, local, start, length
 
 
 @triton.jit
@@ -106,17 +132,31 @@ def load_tile(
 
 @triton.jit
 def stream_tile(
-    source, b, head, first, row, stride, row_ok, FIRST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    D: tl.constexpr, MASK_ROWS: tl.constexpr, TMA: tl.constexpr,
+    source, b, origin, head, first, row, stride, row_ok, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, TMA: tl.constexpr,
 ):
-    """Load BLOCK rows from row ``first`` of one head on, for a main loop.
+    """Load BLOCK rows from row ``first`` of one head of one sequence on.
 
-    source: with TMA a descriptor of (batch, seqlen, heads, head_dim), else a pointer to row 0 of the head.
+    source: with TMA a descriptor of (batch, seqlen, heads, head_dim), in which the sequence begins at row ``origin``;
+    else a pointer to row 0 of the head, ``stride`` elements from row to row.
     """
     if TMA:
-        return source.load([b, first, head, FIRST]).reshape([BLOCK, BLOCK_D])
+        return source.load([b, origin + first, head, FIRST]).reshape([BLOCK, BLOCK_D])
     else:  # (not redundant: Triton compiles what follows a return)
         return load_tile(source + first * stride.to(tl.int64), row, stride, row_ok, FIRST, BLOCK_D, D, MASK_ROWS)
+
+
+@triton.jit
+def in_registers(tile, row_ok, REGISTER_A: tl.constexpr):
+    """``tile``, if REGISTER_A such that tl.dot takes it from registers and not from shared memory.
+
+    The compiler leaves an operand in shared memory that comes straight from a load. Rows that do not exist are zero
+    already.
+    """
+    if REGISTER_A:
+        return tl.where(row_ok[:, None], tile, 0.0)
+    else:
+        return tile
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from flash_sink_attn.kernels.common import (  # isort: skip
     LOG2E,
     dot,
     find_tile,
+    in_registers,
     load_tile,
     round_to,
     sequence_bounds,
@@ -23,21 +24,26 @@ import triton.language as tl
 
 @triton.jit
 def _attend(
-    acc, acc2, l, m, q, q2, k_source, v_source, b, head, begin, end, position, len_k, stride_k, stride_v, window,
-    scale_log2, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    acc, acc2, l, m, q, q2, k_source, v_source, b, origin, head, begin, end, position, len_k, stride_k, stride_v,
+    window, scale_log2, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Fold the keys of [begin, end) into the running maximum m, sum l and output acc of every row."""
+    """Fold the keys of [begin, end) into the running maximum m, sum l and output acc of every row.
+
+    STAGES: depth of this loop's load pipeline, None for the launch's.
+    """
     MASKED: tl.constexpr = CAUSAL or WINDOW
     row = tl.arange(0, BLOCK_N)
-    for n in tl.range(begin, end, BLOCK_N):
+    for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         key = n + row
         inside = key < len_k
         # [BLOCK_N, BLOCK_D]
-        k = stream_tile(k_source, b, head, n, row, stride_k, inside, 0, BLOCK_N, BLOCK_D, D, MASKED, TMA)
+        k = stream_tile(k_source, b, origin, head, n, row, stride_k, inside, 0, BLOCK_N, BLOCK_D, D, MASKED, TMA)
         s = dot(q, tl.trans(k))
         if BLOCK_D2:
-            k2 = stream_tile(k_source, b, head, n, row, stride_k, inside, BLOCK_D, BLOCK_N, BLOCK_D2, D, MASKED, TMA)
+            k2 = stream_tile(k_source, b, origin, head, n, row, stride_k, inside, BLOCK_D, BLOCK_N, BLOCK_D2, D,
+                             MASKED, TMA)
             s = dot(q2, tl.trans(k2), s)
         if MASKED:
             s = tl.where(visible(position[:, None], key[None, :], window, CAUSAL, WINDOW), s, float("-inf"))
@@ -48,10 +54,11 @@ def _attend(
         m = m_new
         p = round_to(p, q.dtype)
         # [BLOCK_N, BLOCK_DV]
-        v = stream_tile(v_source, b, head, n, row, stride_v, inside, 0, BLOCK_N, BLOCK_DV, DV, MASKED, TMA)
+        v = stream_tile(v_source, b, origin, head, n, row, stride_v, inside, 0, BLOCK_N, BLOCK_DV, DV, MASKED, TMA)
         acc = dot(p, v, acc * alpha[:, None])
         if BLOCK_DV2:
-            v2 = stream_tile(v_source, b, head, n, row, stride_v, inside, BLOCK_DV, BLOCK_N, BLOCK_DV2, DV, MASKED, TMA)
+            v2 = stream_tile(v_source, b, origin, head, n, row, stride_v, inside, BLOCK_DV, BLOCK_N, BLOCK_DV2, DV,
+                             MASKED, TMA)
             acc2 = dot(p, v2, acc2 * alpha[:, None])
     return acc, acc2, l, m
 
@@ -61,21 +68,25 @@ def _attend(
     "batch", "seqlen_q", "seqlen_k", "heads_kv", "num_tiles", "window",
 ])
 def fwd_kernel(
-    Q, K, V, Sinks, O, Lse, CuSeqlensQ, CuSeqlensK,
+    Q, K, V, KTail, VTail, Sinks, O, Lse, CuSeqlensQ, CuSeqlensK,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, window, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr, WINDOW: tl.constexpr, PACK_GQA: tl.constexpr, SPLIT_LOOPS: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, TMA: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, TMA: tl.constexpr, OWN_TMA: tl.constexpr, REGISTER_A: tl.constexpr,
 ):
     """One program: BLOCK_M query rows of one head, or of all heads of a group when PACK_GQA.
 
     Q, K, V: (batch, seqlen, heads, head_dim) by strides in units of STRIDE_UNIT elements, which tells the compiler
     their alignment without a specialisation on their values. O: the same, contiguous. Lse: float32, contiguous,
     (batch, heads_q, seqlen_q). Varlen: the batch stride is unused, seqlen_q and seqlen_k are total token counts,
-    Lse is (heads_q, total_q). With TMA, K and V are descriptors of one (1, BLOCK_N, 1, head_dim) tile. window is read
-    when WINDOW; scale_log2 = softmax scale * log2(e).
+    Lse is (heads_q, total_q). window is read when WINDOW; scale_log2 = softmax scale * log2(e).
+
+    With TMA, K and V are descriptors of one (1, BLOCK_N, 1, head_dim) tile of (batch, seqlen, heads, head_dim), a
+    packed batch being one long sequence; KTail and VTail are then its pointers. With OWN_TMA, Q is one of a
+    (1, BLOCK_M, 1, head_dim) tile, or, when PACK_GQA, of (1, BLOCK_M / GROUP, 1, GROUP, head_dim) with the heads split
+    in two dimensions. REGISTER_A: q stays in registers as the matrix instruction's first operand.
     """
     ROWS_PER_TOKEN: tl.constexpr = GROUP if PACK_GQA else 1
     heads_q = heads_kv * GROUP
@@ -89,16 +100,21 @@ def fwd_kernel(
     pid = tl.program_id(0)
     if VARLEN:
         head = pid % heads
-        b, tile = find_tile(CuSeqlensQ, batch, seqlen_q, pid // heads, ROWS_PER_TOKEN, BLOCK_M)
-        if b >= batch:
+        b, tile, start_q, len_q = find_tile(CuSeqlensQ, batch, seqlen_q, pid // heads, ROWS_PER_TOKEN, BLOCK_M)
+        if len_q == 0:
             return
-        start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
-        start_k, len_k = sequence_bounds(CuSeqlensK, b, seqlen_k)
+        start_k = start_q
+        len_k = len_q
+        if CuSeqlensK is not None:
+            start_k, len_k = sequence_bounds(CuSeqlensK, b, seqlen_k)
         tile = (len_q * ROWS_PER_TOKEN + BLOCK_M - 1) // BLOCK_M - 1 - tile
         q_origin = start_q.to(tl.int64) * stride_qs
         k_origin = start_k.to(tl.int64) * stride_ks
         v_origin = start_k.to(tl.int64) * stride_vs
         o_token = start_q.to(tl.int64)
+        b_tma = 0
+        q_token = start_q
+        k_token = start_k
     else:
         head = pid % heads
         b = (pid // heads) % batch
@@ -109,6 +125,9 @@ def fwd_kernel(
         k_origin = b.to(tl.int64) * stride_kb * STRIDE_UNIT
         v_origin = b.to(tl.int64) * stride_vb * STRIDE_UNIT
         o_token = b.to(tl.int64) * seqlen_q
+        b_tma = b
+        q_token = 0
+        k_token = 0
 
     row = tl.arange(0, BLOCK_M)
     first = tile * BLOCK_M // ROWS_PER_TOKEN
@@ -122,23 +141,28 @@ def fwd_kernel(
         token = row
         head_q = head
     row_ok = first + token < len_q
-    q_base = Q + q_origin + first.to(tl.int64) * stride_qs
-    if PACK_GQA:
-        q_base += (head_kv * GROUP).to(tl.int64) * stride_qh
-        q_row = token * stride_qs + member * stride_qh
+    if OWN_TMA:
+        if PACK_GQA:
+            q = Q.load([b_tma, q_token + first, head_kv, 0, 0]).reshape([BLOCK_M, BLOCK_D])
+        else:
+            q = Q.load([b_tma, q_token + first, head, 0]).reshape([BLOCK_M, BLOCK_D])
     else:
-        q_base += head.to(tl.int64) * stride_qh
-        q_row = token * stride_qs
-    q = load_tile(q_base, q_row, 1, row_ok, 0, BLOCK_D, D, True)
+        q_base = Q + q_origin + first.to(tl.int64) * stride_qs
+        if PACK_GQA:
+            q_base += (head_kv * GROUP).to(tl.int64) * stride_qh
+            q_row = token * stride_qs + member * stride_qh
+        else:
+            q_base += head.to(tl.int64) * stride_qh
+            q_row = token * stride_qs
+        q = in_registers(load_tile(q_base, q_row, 1, row_ok, 0, BLOCK_D, D, True), row_ok, REGISTER_A)
     q2 = q
     if BLOCK_D2:
-        q2 = load_tile(q_base, q_row, 1, row_ok, BLOCK_D, BLOCK_D2, D, True)
-    if TMA:
-        k_source = K
-        v_source = V
-    else:
-        k_source = K + k_origin + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
-        v_source = V + v_origin + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
+        q2 = in_registers(load_tile(q_base, q_row, 1, row_ok, BLOCK_D, BLOCK_D2, D, True), row_ok, REGISTER_A)
+    k_rows = K
+    v_rows = V
+    if not TMA:
+        k_rows = K + k_origin + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
+        v_rows = V + v_origin + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     acc2 = acc
@@ -156,29 +180,42 @@ def fwd_kernel(
     if WINDOW:
         begin = tl.maximum(earliest - window + 1, 0)
     end = tl.maximum(latest + 1, 0)
+    stop = end
+    if VARLEN and TMA:
+        # The copy engine does not clip at the end of a packed sequence: the tile that crosses it comes by pointers.
+        stop = tl.minimum(end, begin + tl.maximum(len_k - begin, 0) // BLOCK_N * BLOCK_N)
     if SPLIT_LOOPS:
         edge = begin
         if WINDOW:
             # key tiles that start before the last row's window
-            edge = tl.minimum(begin + tl.cdiv(tl.maximum(latest + 1 - window - begin, 0), BLOCK_N) * BLOCK_N, end)
+            edge = tl.minimum(begin + tl.cdiv(tl.maximum(latest + 1 - window - begin, 0), BLOCK_N) * BLOCK_N, stop)
             acc, acc2, l, m = _attend(
-                acc, acc2, l, m, q, q2, k_source, v_source, b, head_kv, begin, edge, position, len_k, stride_ks,
-                stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
-                WINDOW == 2, True)
+                acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, begin, edge, position, len_k,
+                stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
+                WINDOW == 2, True, None)
         # key tiles that end at or before the first row's own key
         diagonal = tl.maximum(begin + tl.maximum((earliest + 1 - begin) // BLOCK_N, 0) * BLOCK_N, edge)
         acc, acc2, l, m = _attend(
-            acc, acc2, l, m, q, q2, k_source, v_source, b, head_kv, edge, diagonal, position, len_k, stride_ks,
-            stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, False, False)
+            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, edge, diagonal, position, len_k,
+            stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
+            False, False, None)
         acc, acc2, l, m = _attend(
-            acc, acc2, l, m, q, q2, k_source, v_source, b, head_kv, diagonal, end, position, len_k, stride_ks,
-            stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, True,
-            WINDOW == 2)
+            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, diagonal, stop, position, len_k,
+            stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
+            True, WINDOW == 2, None)
     else:
         acc, acc2, l, m = _attend(
-            acc, acc2, l, m, q, q2, k_source, v_source, b, head_kv, begin, end, position, len_k, stride_ks,
-            stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, True,
-            WINDOW > 0)
+            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, begin, stop, position, len_k,
+            stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
+            True, WINDOW > 0, None)
+    if VARLEN and TMA:
+        TAIL_N: tl.constexpr = 32 if BLOCK_N > 32 else BLOCK_N  # few registers matter more here than speed
+        k_rows = KTail + k_origin + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
+        v_rows = VTail + v_origin + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
+        acc, acc2, l, m = _attend(
+            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, stop, end, position, len_k,
+            stride_ks, stride_vs, window, scale_log2, TAIL_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, False,
+            True, WINDOW > 0, 1)
 
     # The sink enters here and not as the initial maximum: a sink far above the logits would flush P to zero in half.
     if Sinks is not None:

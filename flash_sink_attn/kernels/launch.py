@@ -7,17 +7,24 @@ a process without a GPU compiles them (see flash_sink_attn.compile_only).
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flash_sink_attn._mode import INTERPRETING
 from flash_sink_attn.config import TileConfig, split_head_dim
 from flash_sink_attn.kernels.backward import dkdv_kernel, dq_kernel
 from flash_sink_attn.kernels.common import APART, MEETING, NO_WINDOW
 from flash_sink_attn.kernels.forward import fwd_kernel
+from flash_sink_attn.machine_code import fault_of
+
+logger = logging.getLogger("flash_sink_attn")
 
 # Offsets inside a tile are 32-bit: at most 256 rows times a stride.
 _MAX_STRIDE = 2**31 // 256 - 1
@@ -29,7 +36,8 @@ class Sequences:
     """How tokens form sequences.
 
     Fixed length: ``cu_seqlens_*`` None. Varlen: int32 (batch + 1,) on the device of the tensors.
-    ``seqlen_*`` are per sequence, or total token counts when varlen.
+    ``cu_seqlens_k`` None in a varlen call: the keys' are the queries'. ``seqlen_*`` are per sequence, or total token
+    counts when varlen.
     """
 
     batch: int
@@ -44,7 +52,7 @@ class Sequences:
 
     def tiles(self, length: int, rows_per_token: int, block: int) -> int:
         """Tiles of one sequence, or an upper bound on those of all sequences when varlen."""
-        whole = triton.cdiv(length * rows_per_token, block)
+        whole = -(-length * rows_per_token // block)
         return whole + self.batch if self.varlen else whole
 
 
@@ -56,19 +64,18 @@ def launchable(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous()
 
 
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """(batch, token, head) strides in elements; the batch stride of a varlen tensor is 0."""
-    s = x.stride()
-    return (s[0], s[1], s[2]) if x.dim() == 4 else (0, s[0], s[1])
+def _strides(*tensors: torch.Tensor) -> tuple[list[int], int]:
+    """(batch, token, head) strides of all tensors in a row, in units of the second result.
 
-
-def _stride_arguments(**tensors: torch.Tensor) -> dict[str, int]:
-    """Stride arguments by name, in units of 8 elements (16 bytes) where all of them allow it."""
-    strides = {name: _strides(x) for name, x in tensors.items()}
-    unit = 1 if any(value % 8 for triple in strides.values() for value in triple) else 8
-    arguments = {f"stride_{name}{axis}": value // unit
-                 for name, triple in strides.items() for axis, value in zip("bsh", triple, strict=True)}
-    return arguments | {"STRIDE_UNIT": unit}
+    The batch stride of a varlen tensor is 0. The unit is 8 elements (16 bytes) where all strides allow it, else 1.
+    """
+    found: list[int] = []
+    for x in tensors:
+        s = x.stride()
+        found += s[:3] if len(s) == 4 else (0, s[0], s[1])
+    if any(value % 8 for value in found):
+        return found, 1
+    return [value // 8 for value in found], 8
 
 
 def _window_mode(window: int | None, tokens_per_tile: int, block: int) -> int:
@@ -77,39 +84,144 @@ def _window_mode(window: int | None, tokens_per_tile: int, block: int) -> int:
     return APART if window >= tokens_per_tile + block - 2 else MEETING
 
 
-def _launch(kernel: Any, programs: int, device: torch.device, config: TileConfig, arguments: dict[str, Any]) -> Any:
-    """Launch on ``device`` (returns the compiled kernel, None when interpreted), or only compile on meta."""
+def _describable(*tensors: torch.Tensor) -> bool:
+    """Whether the copy engine can address the tensors: 16-byte aligned, and no dimension of size or stride 0."""
+    return all(x.numel() and not x.data_ptr() % 16 and not any(stride % 8 or not stride for stride in x.stride()[:-1])
+               for x in tensors)
+
+
+_templates: dict[tuple[Any, ...], TensorDescriptor] = {}
+
+
+def _describe(x: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    """A descriptor. Its checks cost more than the rest of a launch: they are made once per kind of tensor."""
+    key = (x.dtype, len(shape), *block)
+    template = _templates.get(key)
+    if template is None:
+        template = TensorDescriptor(x, shape, strides, block)
+        _templates[key] = copy.copy(template)
+        _templates[key].base = None
+        return template
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(template.__dict__, base=x, shape=shape, strides=strides)
+    return made
+
+
+def _descriptor(x: torch.Tensor, block: int, group: int = 1) -> TensorDescriptor:
+    """Of ``block`` rows of one head of (batch, seqlen, heads, head_dim); a packed batch is one long sequence.
+
+    With a ``group``, of block / group rows of all heads of a group, the heads split in two dimensions. The copy engine
+    clips at the end of a sequence, but not at the ends of packed ones.
+    """
+    shape, stride = x.shape, x.stride()
+    if len(shape) == 3:
+        batch, b = 1, shape[0] * stride[0]
+        (seqlen, heads, head_dim), (s, h, _) = shape, stride
+    else:
+        (batch, seqlen, heads, head_dim), (b, s, h, _) = shape, stride
+    if group > 1:
+        return _describe(x, [batch, seqlen, heads // group, group, head_dim], [b, s, h * group, h, 1],
+                         [1, block // group, 1, group, head_dim])
+    return _describe(x, [batch, seqlen, heads, head_dim], [b, s, h, 1], [1, block, 1, head_dim])
+
+
+def _row_descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:
+    """Of ``block`` rows of one head of (batch, heads, rows)."""
+    return _describe(rows, list(rows.shape), list(rows.stride()), [1, 1, block])
+
+
+def _own_tma(config: TileConfig, group: int, *tensors: torch.Tensor) -> bool:
+    """Whether a program loads the tile that is its own through descriptors, which leaves it in registers."""
+    whole_group = not config.PACK_GQA or (group & (group - 1) == 0 and config.BLOCK_M >= group)
+    return config.REGISTER_A and whole_group and _describable(*tensors)
+
+
+class _Miscompiled(Exception):
+    """The machine code of a kernel with REGISTER_A overwrites an operand that it still needs."""
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}  # -> the compiled kernel and its constexprs, or None for a faulty one
+
+
+def _launch(kernel: Any, programs: int, device: torch.device, config: TileConfig, runtime: Sequence[Any],
+            constants: Mapping[str, Any]) -> Any:
+    """Launch on ``device`` (returns the compiled kernel, None when interpreted), or only compile on meta.
+
+    Triton's own way from the arguments to a compiled kernel costs the host 100 us and more. Here it is a dictionary
+    lookup by all that the kernel is specialised on: the constexprs, which of the other arguments are None, their
+    dtypes, and that pointers are 16-byte aligned and integers 32 bits wide. What is not so takes Triton's way.
+
+    Args:
+        runtime: the kernel's arguments up to its first constexpr, in order.
+        constants: its constexprs by name, in order.
+
+    Raises:
+        _Miscompiled: see flash_sink_attn.machine_code.
+    """
+    if device.type == "cuda":
+        kinds: list[Any] = []
+        plain = programs > 0
+        for x in runtime:
+            if isinstance(x, torch.Tensor):
+                kinds.append(x.dtype)
+                plain = plain and not x.data_ptr() % 16
+            elif isinstance(x, int):
+                plain = plain and x < 2**31
+            elif isinstance(x, TensorDescriptor):
+                kinds.append(True)
+            elif x is None:
+                kinds.append(None)
+        key = (kernel, device.index, config.num_warps, config.num_stages, config.maxnreg, *kinds, *constants.values())
+        # Triton launches on the current device
+        away = device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if away else contextlib.nullcontext():
+            if plain and key in _compiled:
+                compiled = _compiled[key]
+                if compiled is None:
+                    raise _Miscompiled
+                compiled[programs, 1, 1](*runtime, *constants.values())
+                return compiled
+            return _launch_new(kernel, programs, config, runtime, constants, key if plain else None)
+    return _launch_new(kernel, programs, config, runtime, constants, None, warm_up_only=device.type == "meta")
+
+
+def _launch_new(kernel: Any, programs: int, config: TileConfig, runtime: Sequence[Any], constants: Mapping[str, Any],
+                key: tuple[Any, ...] | None, warm_up_only: bool = False) -> Any:
+    arguments = {**dict(zip(kernel.arg_names, runtime, strict=False)), **constants}
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if config.maxnreg is not None:
         options["maxnreg"] = config.maxnreg
-    if device.type == "meta":
+    if warm_up_only:
         return kernel.warmup(**arguments, **options, grid=(programs,))
     if not programs:
         return None
-    # Triton launches on the current device
-    away = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if away else contextlib.nullcontext():
-        return kernel[(programs,)](**arguments, **options)
+    if config.REGISTER_A and not INTERPRETING:
+        compiled = kernel.warmup(**arguments, **options, grid=(programs,))
+        if fault := fault_of(compiled):
+            if key is not None:
+                _compiled[key] = None
+            logger.warning("%s: REGISTER_A is ignored, since %s", kernel.__name__, fault)
+            raise _Miscompiled
+    compiled = kernel[(programs,)](**arguments, **options)
+    if key is not None:
+        _compiled[key] = compiled
+    return compiled
 
 
-def _descriptors(sequences: Sequences, block: int, *tensors: torch.Tensor) -> list[TensorDescriptor] | None:
-    """Descriptors of one (1, block, 1, head_dim) tile, or None where the copy engine cannot address the tensors.
-
-    It clips at the end of a (batch, seqlen, heads, head_dim) tensor's sequences, but not at those of a packed batch,
-    where the next sequence's rows (and any NaN among them) would come along.
-    """
-    if sequences.varlen or any(
-            x.data_ptr() % 16 or any(stride % 8 or not stride for stride in x.stride()[:3]) or not x.numel()
-            for x in tensors):
-        return None
-    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block, 1, x.shape[-1]]) for x in tensors]
+def _soundly(launch: Callable[[TileConfig], Any], config: TileConfig) -> Any:
+    """``launch(config)``, or the same without REGISTER_A where the compiler's code for it is wrong."""
+    try:
+        return launch(config)
+    except _Miscompiled:
+        return launch(dataclasses.replace(config, REGISTER_A=False))
 
 
-def _shape_constants(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
-    block_d, block_d2 = split_head_dim(q.shape[-1])
-    block_dv, block_dv2 = split_head_dim(v.shape[-1])
-    return {"GROUP": q.shape[-2] // k.shape[-2], "D": q.shape[-1], "DV": v.shape[-1],
-            "BLOCK_D": block_d, "BLOCK_D2": block_d2, "BLOCK_DV": block_dv, "BLOCK_DV2": block_dv2}
+def _shape_constants(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, group_block: bool) -> dict[str, int]:
+    d, dv, group = q.shape[-1], v.shape[-1], q.shape[-2] // k.shape[-2]
+    block_d, block_d2 = split_head_dim(d)
+    block_dv, block_dv2 = split_head_dim(dv)
+    return {"GROUP": group, **({"BLOCK_GROUP": triton.next_power_of_2(group)} if group_block else {}),
+            "D": d, "DV": dv, "BLOCK_D": block_d, "BLOCK_D2": block_d2, "BLOCK_DV": block_dv, "BLOCK_DV2": block_dv2}
 
 
 def forward(
@@ -118,30 +230,43 @@ def forward(
 ) -> Any:
     """Write o (like q with v's head dim, contiguous) and lse (float32, contiguous). Returns the compiled kernel."""
     q, k, v = launchable(q), launchable(k), launchable(v)
-    constants = _shape_constants(q, k, v)
+    constants = _shape_constants(q, k, v, group_block=False)
+    strides, unit = _strides(q, k, v)
     group, heads_kv = constants["GROUP"], k.shape[-2]
-    rows_per_token = group if config.PACK_GQA else 1
-    tokens = config.BLOCK_M if rows_per_token == 1 else (config.BLOCK_M + group - 2) // group + 1
-    tiles = sequences.tiles(sequences.seqlen_q, rows_per_token, config.BLOCK_M)
-    heads = heads_kv * (1 if config.PACK_GQA else group)
-    programs = tiles * heads * (1 if sequences.varlen else sequences.batch)
-    streamed = _descriptors(sequences, config.BLOCK_N, k, v) if config.TMA else None
-    k_source, v_source = streamed or (k, v)
-    return _launch(fwd_kernel, programs, q.device, config, {
-        "Q": q, "K": k_source, "V": v_source, "TMA": streamed is not None, "Sinks": sinks, "O": o, "Lse": lse,
-        "CuSeqlensQ": sequences.cu_seqlens_q, "CuSeqlensK": sequences.cu_seqlens_k,
-        "batch": sequences.batch, "seqlen_q": sequences.seqlen_q, "seqlen_k": sequences.seqlen_k,
-        "heads_kv": heads_kv, "num_tiles": tiles, "window": window or 0, "scale_log2": scale * _LOG2E,
-        "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "VARLEN": sequences.varlen,
-        "WINDOW": _window_mode(window, tokens, config.BLOCK_N), "PACK_GQA": config.PACK_GQA,
-        "SPLIT_LOOPS": config.SPLIT_LOOPS,
-    } | constants | _stride_arguments(q=q, k=k, v=v))
+
+    def launch(c: TileConfig) -> Any:
+        rows_per_token = group if c.PACK_GQA else 1
+        tokens = _tokens_per_tile(c, rows_per_token)
+        tiles = sequences.tiles(sequences.seqlen_q, rows_per_token, c.BLOCK_M)
+        programs = tiles * (q.shape[-2] // rows_per_token) * (1 if sequences.varlen else sequences.batch)
+        tma = c.TMA and _describable(k, v)
+        own_tma = tma and _own_tma(c, group, q)
+        tail = tma and sequences.varlen
+        return _launch(fwd_kernel, programs, q.device, c, [
+            _descriptor(q, c.BLOCK_M, rows_per_token) if own_tma else q,
+            *((_descriptor(k, c.BLOCK_N), _descriptor(v, c.BLOCK_N)) if tma else (k, v)),
+            *((k, v) if tail else (None, None)), sinks, o, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k,
+            *strides, sequences.batch, sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles, window or 0,
+            scale * _LOG2E,
+        ], constants | {
+            "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "VARLEN": sequences.varlen,
+            "WINDOW": _window_mode(window, tokens, c.BLOCK_N), "PACK_GQA": c.PACK_GQA, "SPLIT_LOOPS": c.SPLIT_LOOPS,
+            "STRIDE_UNIT": unit, "TMA": tma, "OWN_TMA": own_tma, "REGISTER_A": c.REGISTER_A})
+
+    return _soundly(launch, config)
 
 
-def sink_partials(q: torch.Tensor, sequences: Sequences, config: TileConfig) -> torch.Tensor:
+def _tokens_per_tile(config: TileConfig, rows_per_token: int) -> int:
+    """The most tokens that a tile's rows can belong to."""
+    return config.BLOCK_M if rows_per_token == 1 else (config.BLOCK_M + rows_per_token - 2) // rows_per_token + 1
+
+
+def sink_partials(q: torch.Tensor, k: torch.Tensor, sequences: Sequences, config: TileConfig) -> torch.Tensor:
     """The buffer of per-tile dsinks that :func:`backward_dq` fills for ``config``: float32 (tiles, heads_q)."""
-    tiles = sequences.tiles(sequences.seqlen_q, 1, config.BLOCK_M) * (1 if sequences.varlen else sequences.batch)
-    return torch.empty(tiles, q.shape[-2], dtype=torch.float32, device=q.device)
+    rows_per_token = q.shape[-2] // k.shape[-2] if config.PACK_GQA else 1
+    tiles = sequences.tiles(sequences.seqlen_q, rows_per_token, config.BLOCK_M)
+    tiles *= 1 if sequences.varlen else sequences.batch
+    return torch.empty((tiles, q.shape[-2]), dtype=torch.float32, device=q.device)
 
 
 def row_statistics(q: torch.Tensor, sequences: Sequences) -> torch.Tensor:
@@ -149,9 +274,9 @@ def row_statistics(q: torch.Tensor, sequences: Sequences) -> torch.Tensor:
 
     float32 (2, batch or 1, heads_q, rows): lse in units of log2, and rowsum(o * do) - dlse. See dq_kernel for the rows.
     """
-    rows = triton.cdiv(sequences.seqlen_q, 16) * 16 + (16 * sequences.batch if sequences.varlen else 0)
+    rows = -(-sequences.seqlen_q // 16) * 16 + (16 * sequences.batch if sequences.varlen else 0)
     batch = 1 if sequences.varlen else sequences.batch
-    return torch.empty(2, batch, q.shape[-2], rows, dtype=torch.float32, device=q.device)
+    return torch.empty((2, batch, q.shape[-2], rows), dtype=torch.float32, device=q.device)
 
 
 def backward_dq(
@@ -161,22 +286,31 @@ def backward_dq(
 ) -> Any:
     """Write the :func:`row_statistics`, and where they are given dq and the sinks' partials."""
     q, k, v, do = launchable(q), launchable(k), launchable(v), launchable(do)
-    constants = _shape_constants(q, k, v)
-    heads_kv = k.shape[-2]
-    tiles = sequences.tiles(sequences.seqlen_q, 1, config.BLOCK_M)
-    programs = tiles * q.shape[-2] * (1 if sequences.varlen else sequences.batch)
-    streamed = _descriptors(sequences, config.BLOCK_N, k, v) if config.TMA else None
-    k_source, v_source = streamed or (k, v)
-    return _launch(dq_kernel, programs, q.device, config, {
-        "Q": q, "K": k_source, "V": v_source, "TMA": streamed is not None, "Sinks": sinks, "O": o, "DO": do,
-        "Lse": lse, "DLse": dlse, "DQ": dq, "Lse2": rows[0],
-        "Delta": rows[1], "stride_rows": rows.shape[-1] // 16,
-        "SinkPartials": partials, "CuSeqlensQ": sequences.cu_seqlens_q, "CuSeqlensK": sequences.cu_seqlens_k,
-        "batch": sequences.batch, "seqlen_q": sequences.seqlen_q, "seqlen_k": sequences.seqlen_k,
-        "heads_kv": heads_kv, "num_tiles": tiles, "window": window or 0, "scale": scale, "scale_log2": scale * _LOG2E,
-        "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "VARLEN": sequences.varlen,
-        "WINDOW": _window_mode(window, config.BLOCK_M, config.BLOCK_N), "SPLIT_LOOPS": config.SPLIT_LOOPS,
-    } | constants | _stride_arguments(q=q, k=k, v=v, g=do))
+    constants = _shape_constants(q, k, v, group_block=True)
+    strides, unit = _strides(q, k, v, do)
+    group, heads_kv = constants["GROUP"], k.shape[-2]
+
+    def launch(c: TileConfig) -> Any:
+        rows_per_token = group if c.PACK_GQA else 1
+        tokens = _tokens_per_tile(c, rows_per_token)
+        tiles = sequences.tiles(sequences.seqlen_q, rows_per_token, c.BLOCK_M)
+        programs = tiles * (q.shape[-2] // rows_per_token) * (1 if sequences.varlen else sequences.batch)
+        tma = c.TMA and _describable(k, v)
+        own_tma = tma and _own_tma(c, group, q, do)
+        tail = tma and sequences.varlen
+        return _launch(dq_kernel, programs, q.device, c, [
+            _descriptor(q, c.BLOCK_M, rows_per_token) if own_tma else q,
+            *((_descriptor(k, c.BLOCK_N), _descriptor(v, c.BLOCK_N)) if tma else (k, v)),
+            *((k, v) if tail else (None, None)), sinks, o,
+            _descriptor(do, c.BLOCK_M, rows_per_token) if own_tma else do, lse, dlse, dq, rows[0], rows[1], partials,
+            sequences.cu_seqlens_q, sequences.cu_seqlens_k, *strides, rows.shape[-1] // 16, sequences.batch,
+            sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles, window or 0, scale, scale * _LOG2E,
+        ], constants | {
+            "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "VARLEN": sequences.varlen,
+            "WINDOW": _window_mode(window, tokens, c.BLOCK_N), "PACK_GQA": c.PACK_GQA, "SPLIT_LOOPS": c.SPLIT_LOOPS,
+            "STRIDE_UNIT": unit, "TMA": tma, "OWN_TMA": own_tma, "REGISTER_A": c.REGISTER_A})
+
+    return _soundly(launch, config)
 
 
 def backward_dkdv(
@@ -186,20 +320,25 @@ def backward_dkdv(
 ) -> Any:
     """Write dk and dv (contiguous) and, where given, dsinks (heads_q,) from the partials of :func:`backward_dq`."""
     q, k, v, do = launchable(q), launchable(k), launchable(v), launchable(do)
-    constants = _shape_constants(q, k, v)
+    constants = _shape_constants(q, k, v, group_block=True)
+    strides, unit = _strides(q, k, v, do)
     heads_kv = k.shape[-2]
-    tiles = sequences.tiles(sequences.seqlen_k, 1, config.BLOCK_N)
-    programs = tiles * heads_kv * (1 if sequences.varlen else sequences.batch)
-    streamed = _descriptors(sequences, config.BLOCK_M, q, do) if config.TMA else None
-    q_source, do_source = streamed or (q, do)
-    return _launch(dkdv_kernel, programs, q.device, config, {
-        "Q": q_source, "K": k, "V": v, "DO": do_source, "TMA": streamed is not None, "Lse2": rows[0], "Delta": rows[1],
-        "stride_rows": rows.shape[-1] // 16, "DK": dk, "DV_": dv, "SinkPartials": partials,
-        "DSinks": dsinks, "CuSeqlensQ": sequences.cu_seqlens_q, "CuSeqlensK": sequences.cu_seqlens_k,
-        "batch": sequences.batch, "seqlen_q": sequences.seqlen_q, "seqlen_k": sequences.seqlen_k,
-        "heads_kv": heads_kv, "num_tiles": tiles, "num_partials": 0 if partials is None else partials.shape[0],
-        "window": window or 0, "scale": scale, "scale_log2": scale * _LOG2E,
-        "BLOCK_GROUP": triton.next_power_of_2(constants["GROUP"]),
-        "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "VARLEN": sequences.varlen,
-        "WINDOW": _window_mode(window, config.BLOCK_M, config.BLOCK_N), "SPLIT_LOOPS": config.SPLIT_LOOPS,
-    } | constants | _stride_arguments(q=q, k=k, v=v, g=do))
+
+    def launch(c: TileConfig) -> Any:
+        tiles = sequences.tiles(sequences.seqlen_k, 1, c.BLOCK_N)
+        programs = tiles * heads_kv * (1 if sequences.varlen else sequences.batch)
+        tma = c.TMA and _describable(q, do)
+        tail = tma and sequences.varlen
+        return _launch(dkdv_kernel, programs, q.device, c, [
+            _descriptor(q, c.BLOCK_M) if tma else q, k, v, _descriptor(do, c.BLOCK_M) if tma else do,
+            *((_row_descriptor(x, c.BLOCK_M) for x in (rows[0], rows[1])) if tma else (rows[0], rows[1])),
+            *((q, do, rows[0], rows[1]) if tail else (None,) * 4), dk, dv, partials, dsinks,
+            sequences.cu_seqlens_q, sequences.cu_seqlens_k, *strides, rows.shape[-1] // 16, sequences.batch,
+            sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles, 0 if partials is None else partials.shape[0],
+            window or 0, scale, scale * _LOG2E,
+        ], constants | {
+            "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "VARLEN": sequences.varlen,
+            "WINDOW": _window_mode(window, c.BLOCK_M, c.BLOCK_N), "SPLIT_LOOPS": c.SPLIT_LOOPS, "STRIDE_UNIT": unit,
+            "TMA": tma, "REGISTER_A": c.REGISTER_A})
+
+    return _soundly(launch, config)
