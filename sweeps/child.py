@@ -135,20 +135,23 @@ class Connection:
     """The child's end."""
 
     def __init__(self, down: int, up: int) -> None:
-        self._down, self._up = down, up
+        self._up = up
+        self._lines = os.fdopen(down, "rb", closefd=False)
 
     def send(self, message: Mapping[str, Any]) -> None:
         data = memoryview(json.dumps(message).encode() + b"\n")
         while data:
             data = data[os.write(self._up, data):]
 
+    def receive(self) -> dict[str, Any] | None:
+        """The next message, waited for; None once the parent has closed its end."""
+        line = self._lines.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Messages until the parent closes its end."""
-        with os.fdopen(self._down, "rb", closefd=False) as lines:
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    return
-                yield json.loads(line)
+        while (message := self.receive()) is not None:
+            yield message
 
 
 def connect() -> Connection:

@@ -6,8 +6,10 @@ Exit codes: 0 done; 1 the run could not go on; 2 a bad config or command line; 3
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,10 +18,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from flash_sink_attn.devices import gpu_slug
+from flash_sink_attn.tuned_table import ENV_VAR
 from sweeps.auto import choose_config
+from sweeps.carried_cache import describe as describe_cache
+from sweeps.carried_cache import report as report_cache
+from sweeps.compile_table import card_name as spec_card
+from sweeps.compile_table import write as write_compile_table
 from sweeps.console import (
     RunProgress,
-    answer_table,
     build_table,
     counts_line,
     facts_table,
@@ -27,19 +33,34 @@ from sweeps.console import (
     make_console,
     plan_table,
     print_all,
+    time_lines,
 )
+from sweeps.devices import find_card
 from sweeps.doctor import diagnose
 from sweeps.environment import environment
 from sweeps.export import export as export_run
+from sweeps.export import exported_line
+from sweeps.finals import finals_round
+from sweeps.heldout import heldout_report
+from sweeps.ladder import ladder_report
+from sweeps.measuring_cli import add_commands as add_measuring_commands
+from sweeps.models import ModelError, read_model
 from sweeps.plan import Plan, make_plan
+from sweeps.predict import history, machine_of, predict
 from sweeps.registry import load
+from sweeps.replay import replay_text
 from sweeps.report import write_report
-from sweeps.runner import RunError, RunSummary
+from sweeps.reporting_commands import compare_command, report_command
+from sweeps.runner import Phase, RunError, RunSummary
 from sweeps.runner import run as run_trials
-from sweeps.select import select
+from sweeps.search import Search, exhaustive_line, from_exhaustive, read_records, write_record
+from sweeps.select import select_run
 from sweeps.spec import SweepSpec
 from sweeps.specfile import SpecError, dump_spec, load_spec
-from sweeps.store import StoreError, new_run_dir, read_rows
+from sweeps.store import StoreError, new_run_dir, read_environment, read_rows
+from sweeps.strategies import STRATEGIES
+from sweeps.terminal_answer import answer_blocks
+from sweeps.tune import read_numbers, tune_spec
 
 BAD_RUN, BAD_CONFIG, WRONG_CARD, INTERRUPTED = 1, 2, 3, 130
 RESULTS = Path("results")
@@ -58,7 +79,8 @@ _EXAMPLES = """Examples:
   python run_sweep.py configs/h100.yaml --only 'fwd-*-w128'      forward cases with window 128
   python run_sweep.py configs/h100.yaml --set 'shapes.window=[256]' --set timing.precision=0.005
   python run_sweep.py configs/h100.yaml --set implementations.upstream.path=~/flash_sink_attn
-  python run_sweep.py configs/h100.yaml --compile-only           without a GPU: registers, spills, shared memory
+  python run_sweep.py configs/h100.yaml --budget 2               search for two minutes instead of trying everything
+  python run_sweep.py configs/h100.yaml --compile-only           without a GPU: registers, spills, bounds, a full cache
 """
 
 app = typer.Typer(
@@ -86,7 +108,9 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Go on with the run in DIR; CONFIG.yaml may be left out.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run and how long it takes, and stop.")
+    ] = False,
     only: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +129,13 @@ def run(
     limit: Annotated[
         float | None, typer.Option(metavar="MINUTES", min=0.0, help="Begin no trial after this time.")
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", min=0.0, help="Search for so long instead of trying every candidate."),
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option(metavar="NAME", help=f"With --budget: {', '.join(STRATEGIES)}.")
+    ] = "tpe",
     any_gpu: Annotated[bool, typer.Option("--any-gpu", help="Run a config on a card it is not made for.")] = False,
     compile_only: Annotated[
         bool,
@@ -143,11 +174,19 @@ def run(
     plan = _make_plan(spec, arch, only)
     _announce(console, spec, plan, env, refusal)
     if dry_run:
+        for line in _predicted(spec, plan, env if on_card and not refusal else {}):
+            console.print(escape(line), highlight=False, soft_wrap=True)
         return
+    search = _search(plan, budget, strategy, env) if budget is not None and on_card else None
     gpu = gpu_slug(env["gpu"]) if on_card else f"compiled-{gpu_slug(spec.device.name or f'sm{arch}')}"
     run_dir = resume or out or new_run_dir(RESULTS, gpu, spec.name)
     again = _command(run_dir, only, any_gpu, compile_only)
-    summary = _run_trials(console, spec, plan, run_dir, limit, tuple(retry or ()), compile_only, again)
+    if search and budget is not None:
+        again += f" --budget {budget:g} --strategy {strategy}"
+    summary = _run_trials(console, spec, plan, run_dir, limit, tuple(retry or ()), compile_only, again, search)
+    if search and budget is not None:
+        write_record(run_dir, search, read_rows(run_dir), strategy, budget)
+        console.print(search.coverage(read_rows(run_dir)).line(), highlight=False, soft_wrap=True)
     _finish(console, summary, compile_only, again)
 
 
@@ -169,15 +208,8 @@ def doctor() -> None:
     raise typer.Exit(0 if found.healthy else BAD_RUN)
 
 
-@app.command()
-def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")]) -> None:
-    """Rebuild tables and plots of runs from their files alone."""
-    for run_dir in runs:
-        try:
-            write_report(run_dir)
-        except (StoreError, OSError) as error:
-            _fail(BAD_RUN, str(error))
-        typer.echo(f"{run_dir}: report written")
+app.command("report")(report_command)
+app.command("compare")(compare_command)
 
 
 @app.command()
@@ -187,10 +219,103 @@ def export(
 ) -> None:
     """Write the best block sizes of a run into the tuned table that the kernel reads."""
     try:
-        written = export_run(run_dir, to)
+        done = export_run(run_dir, to)
     except (StoreError, OSError, ValueError) as error:
         _fail(BAD_RUN, str(error))
-    typer.echo(f"{written}: written")
+    typer.echo(exported_line(done))
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str,
+        typer.Option(metavar="CONFIG.json|PRESET", help="A Transformers config file, or a preset such as gpt-oss."),
+    ],
+    seqlens: Annotated[str, typer.Option(metavar="N,N...", help="Tokens; default 8192,2048,4096,1024.")] = "",
+    windows: Annotated[str, typer.Option(metavar="N,N...", help="In place of the model's; none = causal only.")] = "",
+    minutes: Annotated[float | None, typer.Option(metavar="N", min=0.0, help="Begin no trial after this time.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The table; default flash_sink_attn/tuned/<gpu>.json.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
+) -> None:
+    """Find the block sizes of one model on this card and let the kernel use them."""
+    console = make_console()
+    env = environment()
+    try:
+        lengths = tuple(n for n in read_numbers("--seqlens", seqlens) if n is not None)
+        spec = tune_spec(read_model(model), lengths, read_numbers("--windows", windows))
+    except ModelError as error:
+        _fail(BAD_CONFIG, str(error))
+    refusal = spec.device.refusal(env["gpu"])
+    if refusal and not dry_run:
+        _fail(WRONG_CARD, f"{refusal}: the interpreter's times say nothing about a GPU.")
+    plan = _make_plan(spec, env["arch"] or spec.device.compile_arch, None)
+    _announce(console, spec, plan, env, refusal)
+    if dry_run:
+        return
+    run_dir = new_run_dir(RESULTS, gpu_slug(env["gpu"]), spec.name)
+    again = _command(run_dir, None, False, False)
+    _finish(console, _run_trials(console, spec, plan, run_dir, minutes, (), False, again), False, again)
+    try:
+        done = export_run(run_dir, out)
+    except (StoreError, OSError, ValueError) as error:
+        _fail(BAD_RUN, f"{error}\nthe run is in {run_dir}; python -m sweeps export {run_dir} --to FILE")
+    typer.echo(exported_line(done))
+    if out is not None:
+        typer.echo(f"the kernel uses it with {ENV_VAR}={out}")
+
+
+@app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory whose trials are played back.")],
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"Of {', '.join(STRATEGIES)}; may be repeated. Default: all."),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Trials of a case.")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each strategy, with other random numbers.")] = 20,
+    candidates: Annotated[int, typer.Option(min=2, help="Only cases with at least so many candidates.")] = 10,
+    search: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Also compare the search of this run with RUN's best.")
+    ] = None,
+) -> None:
+    """Score search strategies on a run's recorded trials: regret after some numbers of trials. Needs no GPU."""
+
+    def text() -> str:
+        rows = read_rows(run_dir)
+        found = replay_text(rows, strategy or list(STRATEGIES), trials, seeds, candidates)
+        lines = [exhaustive_line(from_exhaustive(r, rows)) for r in (read_records(search) if search else [])]
+        return "\n\n".join([found, *(line or "no case that both runs have in full" for line in lines)])
+
+    _print_report(text)
+
+
+@app.command()
+def ladder(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]) -> None:
+    """Judge the kernel's nearest tuned entry by leave-one-out on a run; writes ladder.md and ladder.csv there."""
+    _print_report(lambda: ladder_report(run_dir))
+
+
+@app.command()
+def heldout(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as one of configs/heldout.yaml.")],
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The tuned table; default flash_sink_attn/tuned/<gpu>.json.")
+    ] = None,
+) -> None:
+    """Compare what a tuned table chooses with the best a run measured; writes heldout.md and heldout.csv there."""
+    _print_report(lambda: heldout_report(run_dir, table))
+
+
+def _print_report(make: Callable[[], str]) -> None:
+    try:
+        typer.echo(make())
+    except (StoreError, OSError, ValueError) as error:
+        _fail(BAD_RUN, str(error))
+
+
+add_measuring_commands(app)
 
 
 def main() -> None:
@@ -269,6 +394,29 @@ def _announce(console: Console, spec: SweepSpec, plan: Plan, env: dict[str, Any]
     )
 
 
+def _search(plan: Plan, minutes: float, strategy: str, env: dict[str, Any]) -> Search:
+    """The phases of a run under a budget."""
+    held = functools.partial(finals_round, plan=plan)
+    try:
+        return Search(plan, minutes, strategy, find_card(env["gpu"], env["sm_count"]), [plan.second_round, held])
+    except ValueError as error:
+        _fail(BAD_CONFIG, f"--{error}")
+
+
+def _predicted(spec: SweepSpec, plan: Plan, env: dict[str, Any]) -> list[str]:
+    """How long the run will take, by earlier ones on its card; ``env`` {} = this machine is not the one it is for."""
+    gpu = env.get("gpu") or spec.device.name
+    if not gpu or gpu == "cpu":
+        return []
+    costs, cores = history(RESULTS, gpu)
+    cores = env.get("cpu_count") or cores or 1
+    found = predict(plan, costs, machine_of(cores), finals=spec.timing.finals.enabled is not False)
+    if found is None:
+        return [f"no earlier run on {gpu} below {RESULTS}: no prediction of the time it takes"]
+    return [f"{found.line()} (by {costs.runs} earlier run{'s' if costs.runs > 1 else ''} on this card, {cores} cores)",
+            *found.notes]
+
+
 def _run_trials(
     console: Console,
     spec: SweepSpec,
@@ -278,8 +426,10 @@ def _run_trials(
     retry: tuple[str, ...],
     compile_only: bool,
     again: str,
+    search: Search | None = None,
 ) -> RunSummary:
-    phases = [plan.built_ahead] if compile_only else [plan.first_round, plan.second_round]
+    held = functools.partial(finals_round, plan=plan)
+    phases: list[Phase] = [plan.built_ahead] if compile_only else [plan.opening, plan.second_round, held]
     console.print(f"writing {escape(str(run_dir))}", highlight=False, soft_wrap=True)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -288,7 +438,7 @@ def _run_trials(
             return run_trials(
                 spec,
                 run_dir,
-                phases=phases,
+                phases=search or phases,
                 limit_minutes=limit,
                 on_event=progress,
                 retry=retry,
@@ -300,25 +450,56 @@ def _run_trials(
         _fail(BAD_RUN, f"{error}\ngo on with: {again}")
 
 
+def _say_what_was_found(console: Console, summary: RunSummary, rows: list[dict[str, Any]], compile_only: bool) -> None:
+    """The kernel cache's share in the run, and how far a search was from trying everything."""
+    lines: list[str] = []
+    built, records = summary.cache_hits + summary.cache_misses, read_records(summary.run_dir)
+    env = read_environment(summary.run_dir) if built or records else {}
+    if built:
+        lines += report_cache(summary.cache_hits, summary.cache_misses, env["arch"])
+        if compile_only:
+            described = describe_cache(env["arch"])
+            lines.append(f"docs/compile-only.md says how to carry the cache, which {described} describes")
+    if records:
+        same = [row for row in rows if row.get("environment") == env["fingerprint"]]
+        lines.append(exhaustive_line(from_exhaustive(records[-1], same)))
+    for line in filter(None, lines):
+        console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _written(run_dir: Path, compile_only: bool) -> str:
+    page = "report.html, " if (run_dir / "report.html").is_file() else ""
+    return "results.csv" if compile_only else f"{page}report.md, best.csv, results.csv, plots"
+
+
 def _finish(console: Console, summary: RunSummary, compile_only: bool, again: str) -> None:
     """Tables and plots, the answer, and how to go on where something is left."""
     run_dir = summary.run_dir
     rows = read_rows(run_dir)
+    missing = ""
     if compile_only:
         console.print(build_table(rows))
+        card = spec_card(rows)
+        for path in write_compile_table(run_dir, rows, find_card(card) if card else None):
+            console.print(escape(str(path)), highlight=False, soft_wrap=True)
     else:
-        write_report(run_dir)
-        console.print(answer_table(select(rows)))
+        missing = write_report(run_dir)
+        console.print(answer_blocks(select_run(run_dir)))
     console.print(
         f"{counts_line(summary.counts)}; {summary.new_rows} new in {summary.elapsed_s:.0f} s, device busy "
         f"{100 * summary.gpu_busy:.0f}%",
         highlight=False,
     )
+    for line in time_lines(summary):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     console.print(
-        f"{escape(str(run_dir))}: {'results.csv' if compile_only else 'report.md, best.csv, results.csv, plots'}",
+        f"{escape(str(run_dir))}: {_written(run_dir, compile_only)}",
         highlight=False,
         soft_wrap=True,
     )
+    if missing:
+        console.print(escape(missing), highlight=False, soft_wrap=True)
+    _say_what_was_found(console, summary, rows, compile_only)
     if summary.stopped:
         why = "interrupted" if summary.interrupted else "time limit reached"
         console.print(

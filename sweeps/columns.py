@@ -21,4 +21,5 @@ COLUMNS = (
     "pct_peak", "gb_per_s", "peak_memory_bytes", "rel_err_o", "rel_err_lse", "rel_err_dq", "rel_err_dk", "rel_err_dv",
     "rel_err_dsinks", "registers", "spills", "shared_bytes", "compile_s", "sm_clock_mhz", "power_w", "temperature_c",
     "samples", "stop_reason", "speedup_vs_eager", "speedup_vs_flash", "speedup_vs_default",
+    "overlapped",
 )

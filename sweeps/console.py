@@ -24,7 +24,9 @@ from rich.table import Table
 from sweeps.cases import PASSES, Case
 from sweeps.plan import Plan, Trial
 from sweeps.registry import is_peer
-from sweeps.select import Selection, config_label
+from sweeps.runner import RunSummary
+from sweeps.select import config_label
+from sweeps.workers import GPU_STAGES
 
 # Outcomes that say that something went wrong, and not that it was never going to run.
 FAILED = ("compile_error", "out_of_resources", "oom", "runtime_error", "crashed", "timeout", "incorrect")
@@ -114,34 +116,6 @@ def facts_table(title: str, facts: Mapping[str, str]) -> Table:
     return table
 
 
-def answer_table(selection: Selection) -> Table:
-    """The answer of a run: per case our best configuration, its time, and how many times faster it is than rivals."""
-    table = _table(
-        "Best block sizes",
-        ("shape", "window", "dtype", "tokens", "pass", "best"),
-        ("ms", "TFLOP/s", "/default", "/eager", "/flash"),
-    )
-    shapes = list(dict.fromkeys(result.case.shape_id for result in selection.results))
-    for result in sorted(selection.results, key=lambda r: (shapes.index(r.case.shape_id), PASSES.index(r.case.pass_))):
-        cells = (*shape(result.case), result.case.pass_)
-        best = result.best
-        if best is None:
-            counts = Counter(row["status"] for row in result.own_rows)
-            why = ", ".join(f"{n} {status}" for status, n in counts.most_common()) or "nothing of ours was run"
-            table.add_row(*cells, f"[red]none[/]: {why}", "", "", "", "", "")
-            continue
-        speedups = (result.speedup(rival) for rival in (result.default, result.eager, result.flash))
-        tflops = best.row.get("tflops")
-        table.add_row(
-            *cells,
-            escape(config_label(best.config)),
-            f"{best.latency_ms:.4g}",
-            "" if tflops is None else f"{tflops:.3g}",
-            *("" if s is None else f"{s:.2f}x" for s in speedups),
-        )
-    return table
-
-
 def build_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Of a run that only built: per case, how many configurations came out how, and what they need."""
     table = _table(
@@ -175,6 +149,26 @@ def _span(values: Iterable[int]) -> str:
 def counts_line(counts: Mapping[str, int]) -> str:
     """``612 ok, 30 rejected, 2 incorrect``: statuses by frequency."""
     return ", ".join(f"{n} {status}" for status, n in sorted(counts.items(), key=lambda item: -item[1])) or "nothing"
+
+
+def time_lines(summary: RunSummary) -> list[str]:
+    """Where the time of a run went: the device's, by stage, and each worker's; [] where no worker was started."""
+    if not summary.workers:
+        return []
+    gpu = {stage: summary.seconds.get(stage, 0.0) for stage in GPU_STAGES}
+    free = max(0.0, summary.elapsed_s - sum(gpu.values()))
+    lines = [f"time of the device: {_seconds(gpu | {'nobody on it': free})}"]
+    for name, seconds in summary.workers.items():
+        rest = {stage: s for stage, s in seconds.items() if stage not in GPU_STAGES}
+        used = sum(seconds.values()) - sum(rest.values())
+        lines.append(f"  worker {name}: {_seconds(rest | {'on the device': used})}")
+    return lines
+
+
+def _seconds(by_stage: Mapping[str, float]) -> str:
+    """``measure 22 s, gate 18 s``: the largest first, without what rounds to nothing."""
+    shown = sorted((item for item in by_stage.items() if item[1] >= 0.5), key=lambda item: -item[1])
+    return ", ".join(f"{stage} {s:.0f} s" for stage, s in shown) or "less than a second"
 
 
 class RunProgress:
@@ -217,11 +211,15 @@ class RunProgress:
             self._new_phase(event)
         elif event["event"] == "row":
             self._row(event)
+        elif event["event"] == "final":
+            self._final(event)
         elif event["event"] == "note":
             self._console.print(f"[dim]{escape(event['message'])}[/]", highlight=False)
 
     def _new_phase(self, event: Mapping[str, Any]) -> None:
-        self._phase = f"round {event['phase']}"
+        if not event["total"]:
+            return
+        self._phase = "finals" if event.get("finals") else f"round {event['phase']}"
         done, todo = event["done"], event["total"] - event["done"]
         if self._task is not None:
             self._bar.remove_task(self._task)
@@ -230,7 +228,8 @@ class RunProgress:
         self._printed = 0
         if done or not self._console.is_terminal:
             already = f", {done} of {event['total']} done before" if done else ""
-            self._console.print(f"{self._phase}: {todo} trials{already}", highlight=False)
+            what = "" if event.get("finals") else " trials"
+            self._console.print(f"{self._phase}: {todo}{what}{already}", highlight=False)
 
     def _row(self, event: Mapping[str, Any]) -> None:
         row = event["row"]
@@ -244,7 +243,20 @@ class RunProgress:
         latency = row["latency_ms"]
         if row["status"] == "ok" and latency and not is_peer(row["impl"]):
             self._best[row["case"]] = min(latency, self._best.get(row["case"], latency))
-        state = self._state(row["case"])
+        self._advance(event, self._state(row["case"]))
+
+    def _final(self, event: Mapping[str, Any]) -> None:
+        record = event["record"]
+        if record["status"] != "ok":
+            self._console.print(
+                f"[red]{record['status']}[/] final of {escape(record['case'])}: {escape(_one_line(record['message']))}",
+                highlight=False,
+            )
+        times = [entrant["latency_ms"] for entrant in record["entrants"] if entrant.get("latency_ms")]
+        best = f"{min(times):.4g} ms" if times else "none"
+        self._advance(event, f"best of {len(record['entrants'])}: {best}")
+
+    def _advance(self, event: Mapping[str, Any], state: str) -> None:
         if self._task is not None:
             self._bar.update(self._task, advance=1, state=state)
         tenth = 10 * event["done"] // max(1, event["total"])

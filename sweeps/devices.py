@@ -21,6 +21,7 @@ class Card:
         smem_per_block: shared memory one block may use, bytes.
         copy_tb_per_s: measured rate of a large copy, TB/s, read plus written; None = not measured.
         gemm_tflops: measured rate of a large bf16 matrix product, TFLOP/s; None = not measured.
+        boost_mhz: highest SM clock of the data sheet, MHz; what the card runs at while power and temperature allow.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Card:
     smem_per_block: int
     copy_tb_per_s: float | None = None
     gemm_tflops: float | None = None
+    boost_mhz: float | None = None
 
     @property
     def ceiling_tflops(self) -> float:
@@ -45,14 +47,14 @@ class Card:
 
 
 CARDS = (
-    Card("H100", "h100", 90, 132, 989.4, 3.35, 232448, copy_tb_per_s=3.02, gemm_tflops=754.0),
-    Card("H100 PCIe", "h100-pcie", 90, 114, 756.0, 2.0, 232448),
-    Card("H100 NVL", "h100-nvl", 90, 132, 835.5, 3.9, 232448),
-    Card("H200", "h200", 90, 132, 989.4, 4.8, 232448),
-    Card("H20", "h20", 90, 78, 148.0, 4.0, 232448),
-    Card("A100 SXM 80GB", "a100-sxm4-80gb", 80, 108, 312.0, 2.039, 166912),
-    Card("L40S", "l40s", 89, 142, 362.05, 0.864, 101376),
-    Card("RTX 4090", "rtx-4090", 89, 128, 165.2, 1.008, 101376),
+    Card("H100", "h100", 90, 132, 989.4, 3.35, 232448, copy_tb_per_s=3.02, gemm_tflops=754.0, boost_mhz=1980),
+    Card("H100 PCIe", "h100-pcie", 90, 114, 756.0, 2.0, 232448, boost_mhz=1755),
+    Card("H100 NVL", "h100-nvl", 90, 132, 835.5, 3.9, 232448, boost_mhz=1785),
+    Card("H200", "h200", 90, 132, 989.4, 4.8, 232448, boost_mhz=1980),
+    Card("H20", "h20", 90, 78, 148.0, 4.0, 232448, boost_mhz=1980),
+    Card("A100 SXM 80GB", "a100-sxm4-80gb", 80, 108, 312.0, 2.039, 166912, boost_mhz=1410),
+    Card("L40S", "l40s", 89, 142, 362.05, 0.864, 101376, boost_mhz=2520),
+    Card("RTX 4090", "rtx-4090", 89, 128, 165.2, 1.008, 101376, boost_mhz=2520),
 )
 
 

@@ -36,16 +36,19 @@ def environment(device: int = 0) -> dict[str, Any]:
         gpu ("cpu" without CUDA), gpu_uuid, sm_count, memory_bytes, l2_bytes, shared_bytes_per_block, arch (sm number
         such as 90; None without CUDA), driver, cuda, torch, triton, python, platform, cpu_count, packages (peers that
         are installed), git_commit and git_dirty (None outside a checkout), kernel_source (hash of the kernels'
-        source), timing_mode and triton_env. What cannot be found out is None.
+        source), kernel_code (hash of what of it runs on the GPU, as tuned tables name it), timing_mode and triton_env.
+        What cannot be found out is None.
     """
     import torch
+
+    from flash_sink_attn.kernel_code import kernel_code_hash
 
     found: dict[str, Any] = {
         "gpu": "cpu", "gpu_uuid": None, "sm_count": None, "memory_bytes": None, "l2_bytes": None,
         "shared_bytes_per_block": None, "arch": None, "driver": None, "cuda": torch.version.cuda,
         "torch": torch.__version__, "triton": version_of("triton"), "python": platform.python_version(),
         "platform": platform.platform(), "cpu_count": len(os.sched_getaffinity(0)), "packages": _installed(PEERS),
-        "kernel_source": kernel_source_hash(), "timing_mode": INTERPRETER_MODE,
+        "kernel_source": kernel_source_hash(), "kernel_code": kernel_code_hash(), "timing_mode": INTERPRETER_MODE,
         "triton_env": {name: value for name, value in sorted(os.environ.items())
                        if name.startswith("TRITON_") and name not in _TRITON_PLACES},
     }

@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import flash_sink_attn.tuned_table as tuned_table
 from flash_sink_attn.config import Kernel, TileConfig
 from flash_sink_attn.devices import gpu_slug
+from flash_sink_attn.kernel_code import kernel_code_hash
+from flash_sink_attn.nearest import family
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
 from sweeps.cases import Case
+from sweeps.cover import smallest_cover
+from sweeps.environment import kernel_source_hash
+from sweeps.measured import Measured, config_json
 from sweeps.ours import shape_key
-from sweeps.select import CaseResult, Selection, select
-from sweeps.store import read_environment, read_rows
+from sweeps.select import CaseResult, Selection, select_run
+from sweeps.store import read_environment
 
 IMPLEMENTATION = "triton"   # whose configurations the table holds
 BACKWARD: tuple[Kernel, ...] = ("bwd_dq", "bwd_dkdv")
-_PROVENANCE = ("sm_count", "driver", "cuda", "torch", "triton", "kernel_source", "timing_mode", "git_commit")
+TOLERANCE = 0.01    # how much slower than the best a configuration may be that stands for several shapes
+_PROVENANCE = ("sm_count", "driver", "cuda", "torch", "triton", "kernel_source", "kernel_code", "timing_mode",
+               "git_commit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What an export did.
+
+    Attributes:
+        path: the file written.
+        entries: how many entries this run gave.
+        total: how many the file holds now.
+        winners: how many different configurations won, by kernel and family, summed up.
+        chosen: how many different ones the entries use, counted likewise.
+        worst: the largest time of an entry over the best of its case, at most 1 + the tolerance.
+    """
+
+    path: Path
+    entries: int
+    total: int
+    winners: int
+    chosen: int
+    worst: float
 
 
 def default_path(slug: str) -> Path:
@@ -25,7 +54,8 @@ def default_path(slug: str) -> Path:
     return Path(tuned_table.__file__).resolve().parent / "tuned" / f"{slug}.json"
 
 
-def export(run_dir: Path, to: Path | None = None, *, allow_interpreter: bool = False) -> Path:
+def export(run_dir: Path, to: Path | None = None, *, tolerance: float = TOLERANCE,
+           allow_interpreter: bool = False) -> Exported:
     """Write the winners of a run into the tuned table of its card.
 
     An existing table is merged with: see :func:`merge` for which entry stays.
@@ -33,10 +63,8 @@ def export(run_dir: Path, to: Path | None = None, *, allow_interpreter: bool = F
     Args:
         run_dir: a run directory.
         to: the table file; default the package's for the card the run was made on.
+        tolerance: see :func:`table_entries`; 0 exports every case's own winner.
         allow_interpreter: also export a run of Triton's interpreter, whose times mean nothing.
-
-    Returns:
-        The file written.
 
     Raises:
         ValueError: an interpreter run, a run without a timed winner of ours, or ``to`` is another card's table.
@@ -51,30 +79,97 @@ def export(run_dir: Path, to: Path | None = None, *, allow_interpreter: bool = F
                          "expected a run made on one")
     slug, run = gpu_slug(gpu), run_dir.resolve().name
     # a run resumed on another card holds rows that are not this card's
-    entries = table_entries(select(read_rows(run_dir)).on(gpu), run)
+    selection = select_run(run_dir).on(gpu)
+    entries = table_entries(selection, run, tolerance)
     if not entries:
         raise ValueError(f"run: {run_dir} has no timed winner of {IMPLEMENTATION!r}, so there is nothing to export")
     provenance = {"date": env.get("started"), "gpu_name": gpu, **{name: env.get(name) for name in _PROVENANCE}}
+    if provenance["kernel_code"] is None and provenance["kernel_source"] == kernel_source_hash():
+        provenance["kernel_code"] = kernel_code_hash()  # the run is older than this field, but of this very source
     path = default_path(slug) if to is None else Path(to)
-    new = TunedTable.build(slug, entries, {run: provenance}, str(path))
-    (merge(TunedTable.load(path), new) if path.exists() else new).save(path)
-    return path
+    new = TunedTable.build(slug, entries, {run: provenance}, str(path), env.get("arch"))
+    table = merge(TunedTable.load(path), new) if path.exists() else new
+    table.save(path)
+    return Exported(path, len(entries), len(table.entries), distinct(table_entries(selection, run, 0.0)),
+                    distinct(entries), max(e.latency_ms / (e.best_ms or e.latency_ms) for e in entries))
 
 
-def table_entries(selection: Selection, run: str) -> list[Entry]:
+def exported_line(done: Exported) -> str:
+    """What an export did, for people."""
+    return (f"{done.path}: {done.entries} entries of this run, {done.total} in all; {done.chosen} configurations stand "
+            f"for {done.winners} that won, the largest loss {100 * (done.worst - 1):.2f}%")
+
+
+def distinct(entries: Iterable[Entry]) -> int:
+    """How many different configurations the families of these entries use, summed up."""
+    return len({(family(e.kernel, e.key), e.config) for e in entries})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A configuration that may stand in the table for a case: its time and the best one of the same measurement."""
+
+    config: Mapping[str, Any]
+    latency_ms: float
+    best_ms: float
+    measured_as: str
+
+    @property
+    def ratio(self) -> float:
+        return max(1.0, self.latency_ms / self.best_ms)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """A kernel and key that gets an entry, and what may stand there, the winner first."""
+
+    kernel: Kernel
+    key: ShapeKey
+    case: str
+    default_ms: float | None
+    candidates: tuple[_Candidate, ...]
+
+    @property
+    def measured_as(self) -> str:
+        """What the winner was measured as, and with it the default."""
+        return self.candidates[0].measured_as
+
+
+def table_entries(selection: Selection, run: str, tolerance: float = TOLERANCE) -> list[Entry]:
     """One entry per kernel and key.
 
-    The backward kernels get the pair that won the whole backward, and each its own winner only where no whole backward
-    was timed. A case that the untuned heuristic won without a name to its tiles has no entry: the heuristic serves it.
-    Of cases that share a key those with sinks go first, then those with more tokens, then the faster.
+    Of each family (see :func:`flash_sink_attn.nearest.family`) the fewest configurations are used with which every case
+    has one that was timed at most ``tolerance`` slower than its best, and every case gets the fastest of those:
+    :func:`sweeps.cover.smallest_cover`. What differs by so little is mostly noise, and fewer configurations are fewer
+    kernels to build.
+
+    The backward kernels have the pair that won the whole backward for their best, and each its own winner only where no
+    whole backward was timed. A case that the untuned heuristic won without a name to its tiles has no entry: the
+    heuristic serves it. Of cases that share a key those with sinks go first, then those with more tokens, then the
+    faster.
     """
-    found: dict[tuple[str, ShapeKey], Entry] = {}
+    slots: dict[tuple[str, ShapeKey], _Slot] = {}
     ordered = sorted((r for r in selection.results if r.case.pass_ in ("fwd", "bwd", *BACKWARD)),
                      key=lambda r: (not r.case.sinks, r.case.pass_ in BACKWARD, -_tokens(r.case), _own_time(r)))
+    parts = {r.case.id: r for r in selection.results}
     for result in ordered:
-        for entry in _entries_of(result, run):
-            found.setdefault((entry.kernel, entry.key), entry)
-    return list(found.values())
+        for slot in _slots_of(result, parts, tolerance):
+            slots.setdefault((slot.kernel, slot.key), slot)
+    families: dict[tuple[Any, ...], list[_Slot]] = {}
+    for slot in slots.values():
+        families.setdefault(family(slot.kernel, slot.key), []).append(slot)
+    return [entry for members in families.values() for entry in _entries_of(members, run)]
+
+
+def _entries_of(slots: list[_Slot], run: str) -> Iterator[Entry]:
+    options = [{config_json(c.config): c for c in reversed(slot.candidates)} for slot in slots]
+    chosen = smallest_cover([{text: c.ratio for text, c in of.items()} for of in options])
+    for slot, of, text in zip(slots, options, chosen, strict=True):
+        c = of[text]
+        default_ms = slot.default_ms if c.measured_as == slot.measured_as else None
+        yield Entry(kernel=slot.kernel, key=slot.key, config=TileConfig.from_dict(c.config), latency_ms=c.latency_ms,
+                    measured_as=c.measured_as, default_ms=default_ms, case=slot.case, run=run,
+                    best_ms=min(c.best_ms, c.latency_ms))
 
 
 def _tokens(case: Case) -> int:
@@ -85,16 +180,33 @@ def _own_time(result: CaseResult) -> float:
     return min((m.latency_ms for m in result.ranked if m.impl == IMPLEMENTATION), default=float("inf"))
 
 
-def _entries_of(result: CaseResult, run: str) -> Iterable[Entry]:
-    best = next((m for m in result.ranked if m.impl == IMPLEMENTATION), None)
-    if best is None or not best.config:
+def _slots_of(result: CaseResult, by_id: Mapping[str, CaseResult], tolerance: float) -> Iterator[_Slot]:
+    ranked = [m for m in result.ranked if m.impl == IMPLEMENTATION]
+    if not ranked or not ranked[0].config:
         return
-    case, default = result.case, result.default
-    kernels: Mapping[Any, Any] = (
-        {k: best.config[k] for k in BACKWARD if k in best.config} if case.pass_ == "bwd" else {case.pass_: best.config})
-    for kernel, config in kernels.items():
-        yield Entry(kernel=kernel, key=shape_key(case), config=TileConfig.from_dict(config), latency_ms=best.latency_ms,
-                    measured_as=case.pass_, default_ms=default.latency_ms if default else None, case=case.id, run=run)
+    case, default_ms = result.case, result.default.latency_ms if result.default else None
+    if case.pass_ != "bwd":
+        candidates = _near(ranked, ranked[0], tolerance, case.pass_)
+        yield _Slot(case.pass_, shape_key(case), case.id, default_ms, candidates)  # type: ignore[arg-type]
+        return
+    best = ranked[0]
+    for kernel in BACKWARD:
+        if kernel not in best.config:
+            continue
+        winner = _Candidate(best.config[kernel], best.latency_ms, best.latency_ms, "bwd")
+        part = by_id.get(case.with_pass(kernel).id)
+        timed = [m for m in part.ranked if m.impl == IMPLEMENTATION] if part else []
+        same = next((m for m in timed if config_json(m.config) == config_json(winner.config)), None)
+        others = () if same is None else tuple(c for c in _near(timed, same, tolerance, kernel)
+                                               if config_json(c.config) != config_json(winner.config))
+        yield _Slot(kernel, shape_key(case), case.id, default_ms, (winner, *others))
+
+
+def _near(timed: Iterable[Measured], best: Measured, tolerance: float, measured_as: str) -> tuple[_Candidate, ...]:
+    """The named configurations at most ``tolerance`` slower than ``best``, itself first."""
+    others = (m for m in timed if m is not best and m.config and m.latency_ms <= best.latency_ms * (1 + tolerance))
+    return tuple(_Candidate(m.config, m.latency_ms, best.latency_ms, measured_as)
+                 for m in (best, *(others if tolerance > 0 else ())))
 
 
 def merge(old: TunedTable, new: TunedTable) -> TunedTable:
@@ -115,7 +227,7 @@ def merge(old: TunedTable, new: TunedTable) -> TunedTable:
     for at, entry in new.entries.items():
         if at not in kept or _replaces(entry, kept[at], runs):
             kept[at] = entry
-    return TunedTable.build(new.gpu, kept.values(), runs, new.path)
+    return TunedTable.build(new.gpu, kept.values(), runs, new.path, new.arch or old.arch)
 
 
 def _replaces(new: Entry, old: Entry, runs: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parent.parent
 _COMPILER_ERRORS = {"CompilationError", "PTXASError", "CompileTimeAssertionFailure", "UnsupportedLanguageConstruct"}
 _COMPILER_WORDS = ("PassManager::run failed", "failed to translate module", "Internal Triton PTX codegen error")
-_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory")
+_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 
 
 def classify(error: BaseException, *, building: bool = False) -> str:

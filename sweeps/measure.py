@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sweeps.environment import nvml_handle
+from sweeps.energy import Energy, loop_energy
+from sweeps.sampling import Sampling
+from sweeps.sensors import Reading, Sensors, summary
 
 if TYPE_CHECKING:
     import torch
@@ -26,35 +28,13 @@ INTERPRETER_NOTE = "interpreter: times mean nothing"
 HOST_BOUND_NOTE = "host_bound: the host could not keep ahead of the device, so host gaps are in the time"
 GRAPH_NOTE = "timed as a replayed CUDA graph, since queueing the call takes longer than the spin"
 
-_MAX_SPIN_MS = 30.0
+MAX_SPIN_MS = 30.0
 _MAX_BATCH = 10
-_BATCH_MS = 25.0
+BATCH_MS = 25.0  # of work queued at a time
 _MAX_RETAKES = 3
-_CPU_SAMPLES = 2
-_THROTTLE = {0x4: "sw_power_cap", 0x8: "hw_slowdown", 0x20: "sw_thermal", 0x40: "hw_thermal", 0x80: "hw_power_brake"}
-_SLOWDOWN = 0x8 | 0x20 | 0x40 | 0x80  # a power cap is how the card works under load: recorded, not fought
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """When to stop.
-
-    Attributes:
-        precision: relative half-width of the median's 95% interval that is good enough.
-        min_samples: never fewer on a GPU, unless ``max_ms`` is over after three. At least 6, the fewest that have such
-            an interval.
-        max_samples: never more.
-        max_ms: time for sampling, milliseconds, flushes and spins included.
-        warmup_ms: calls before the first sample, milliseconds.
-        wall_ms: time for the wall-clock samples, milliseconds.
-    """
-
-    precision: float = 0.01
-    min_samples: int = 10
-    max_samples: int = 200
-    max_ms: float = 150.0
-    warmup_ms: float = 10.0
-    wall_ms: float = 20.0
+CPU_SAMPLES = 2
+_BURST_MS = 10.0
+_MAX_BURST_CALLS = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +114,11 @@ def relative_half_width(samples: Sequence[float]) -> float | None:
     return (interval[1] - interval[0]) / 2 / statistics.median(samples)
 
 
+def spin_for(host_ms: float) -> float:
+    """How long to keep the device waiting, so that a call that takes the host this long is queued by then; ms."""
+    return min(max(0.1, 2 * host_ms + 0.05), MAX_SPIN_MS)
+
+
 def timer_for(device: torch.device) -> DeviceTimer | CpuTimer:
     """The timer of a device; one per process, since a GPU's is calibrated."""
     return DeviceTimer(device) if device.type == "cuda" else CpuTimer()
@@ -142,13 +127,30 @@ def timer_for(device: torch.device) -> DeviceTimer | CpuTimer:
 class CpuTimer:
     """A few calls by the clock. Triton's interpreter says nothing about a GPU, and the note says so."""
 
+    capture_failed = False
+
     def measure(self, call: Call, sampling: Sampling) -> Timing:
-        samples: list[float] = []
-        while len(samples) < _CPU_SAMPLES:
+        samples, _ = self.batch([call] * CPU_SAMPLES, 0.0)
+        return Timing(tuple(ms for ms, _ in samples), "samples", "cpu", INTERPRETER_NOTE)
+
+    def batch(self, calls: Sequence[Call], spin_ms: float) -> tuple[list[tuple[float, bool]], Reading | None]:
+        """One sample of each call, none of them late, and no sensors."""
+        samples = []
+        for call in calls:
             start = time.perf_counter()
             call()
-            samples.append((time.perf_counter() - start) * 1e3)
-        return Timing(tuple(samples), "samples", "cpu", INTERPRETER_NOTE)
+            samples.append(((time.perf_counter() - start) * 1e3, False))
+        return samples, None
+
+    def warm_up(self, call: Call, warmup_ms: float) -> tuple[float, float]:
+        """Nothing: the interpreter has no clocks to raise."""
+        return 0.0, 0.0
+
+    def synchronize(self) -> None:
+        pass
+
+    def energy(self, call: Call, duration_ms: float) -> Energy | None:
+        return None
 
     def allocated(self) -> int | None:
         return None
@@ -158,7 +160,11 @@ class CpuTimer:
 
 
 class DeviceTimer:
-    """Times calls on one CUDA device, on its current stream."""
+    """Times calls on one CUDA device, on its current stream.
+
+    Attributes:
+        capture_failed: a graph capture failed here, which may have left traces in the process.
+    """
 
     def __init__(self, device: torch.device) -> None:
         import torch
@@ -170,12 +176,13 @@ class DeviceTimer:
         self._flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device)
         self._sensors = Sensors(str(getattr(card, "uuid", "")) or None, device.index or 0)
         self._cycles_per_ms = self._calibrate()
+        self.capture_failed = False
 
     def measure(self, call: Call, sampling: Sampling) -> Timing:
         """Samples until the median is known to ``sampling.precision``; the call has run before."""
-        host_ms, device_ms = self._warm_up(call, sampling.warmup_ms)
+        host_ms, device_ms = self.warm_up(call, sampling.warmup_ms)
         timed, mode, note, tainted = call, "spin", "", False
-        spin_ms = min(max(0.1, 2 * host_ms + 0.05), _MAX_SPIN_MS)
+        spin_ms = spin_for(host_ms)
         samples: list[float] = []
         readings: list[Reading] = []
         late = retakes = 0
@@ -189,22 +196,22 @@ class DeviceTimer:
                 stop = "samples"
                 break
             goal = sampling.min_samples if len(samples) < sampling.min_samples else sampling.max_samples
-            count = max(1, min(_MAX_BATCH, goal - len(samples), int(_BATCH_MS / (device_ms + spin_ms + 0.1))))
-            batch, reading = self._batch(timed, count, spin_ms)
+            count = max(1, min(_MAX_BATCH, goal - len(samples), int(BATCH_MS / (device_ms + spin_ms + 0.1))))
+            batch, reading = self.batch([timed] * count, spin_ms)
             in_time = [ms for ms, was_late in batch if not was_late]
             if mode != "host_bound":
                 late += count - len(in_time)
                 if 2 * len(in_time) < count:
-                    if spin_ms < _MAX_SPIN_MS:
-                        spin_ms = min(2 * spin_ms, _MAX_SPIN_MS)
-                    elif mode == "spin" and 1.5 * host_ms > spin_ms and (replay := self._capture(call)):
+                    if spin_ms < MAX_SPIN_MS:
+                        spin_ms = min(2 * spin_ms, MAX_SPIN_MS)
+                    elif mode == "spin" and 1.5 * host_ms > spin_ms and (replay := self.capture(call)):
                         timed, mode, note, samples = replay, "graph", GRAPH_NOTE, []
                     else:
                         # A call that is quick to queue and still late waits for the device inside: nothing hides that.
                         tainted = mode == "spin" and 1.5 * host_ms > spin_ms
                         mode, note, samples, spin_ms = "host_bound", HOST_BOUND_NOTE, [], 0.1
                     continue
-            if reading and reading.throttle & _SLOWDOWN and retakes < _MAX_RETAKES:
+            if reading and reading.slowed and retakes < _MAX_RETAKES:
                 retakes += 1
                 time.sleep(0.05)
                 continue
@@ -215,7 +222,7 @@ class DeviceTimer:
             if half_width is not None and half_width <= sampling.precision:
                 stop = "precision"
                 break
-        return Timing(tuple(samples), stop, mode, note, host_ms, late, tainted=tainted, **_summary(readings))
+        return Timing(tuple(samples), stop, mode, note, host_ms, late, tainted=tainted, **summary(readings))
 
     def allocated(self) -> int | None:
         """Bytes of tensors alive on the device."""
@@ -251,7 +258,7 @@ class DeviceTimer:
             rate = max(rate, cycles / start.elapsed_time(end))
         return rate
 
-    def _warm_up(self, call: Call, warmup_ms: float) -> tuple[float, float]:
+    def warm_up(self, call: Call, warmup_ms: float) -> tuple[float, float]:
         """(host ms to queue the call, ms until it is done), from calls that begin with an idle device."""
         cuda = self._torch.cuda
         host: list[float] = []
@@ -267,24 +274,46 @@ class DeviceTimer:
             total.append((time.perf_counter() - start) * 1e3)
         return statistics.median_high(host[len(host) // 2:]), statistics.median(total)
 
-    def _batch(self, call: Call, count: int, spin_ms: float) -> tuple[list[tuple[float, bool]], Reading | None]:
-        """``count`` samples as (ms, whether the host was late), and the sensors while they ran."""
+    def batch(self, calls: Sequence[Call], spin_ms: float) -> tuple[list[tuple[float, bool]], Reading | None]:
+        """One sample of each call, in the order given, and the sensors while they ran.
+
+        Returns:
+            Per call (ms, whether the host was late), and the reading, None without NVML.
+        """
         cycles = int(spin_ms * self._cycles_per_ms)
         marks = []
-        for _ in range(count):
+        for call in calls:
             start, end = self._event(), self._event()
-            self._flush.zero_()
+            self.flush()
             self._torch.cuda._sleep(cycles)
             start.record()
             call()
             end.record()
             marks.append((start, end, start.query()))  # it has fired already: the device was not kept waiting
         reading = self._sensors.read()
-        self._torch.cuda.synchronize(self._device)
+        self.synchronize()
         return [(start.elapsed_time(end), was_late) for start, end, was_late in marks], reading
 
-    def _capture(self, call: Call) -> Call | None:
-        """The call as one replayed CUDA graph, or None where it cannot be captured."""
+    def flush(self) -> None:
+        """Queues what leaves nothing of earlier calls in the L2 cache: a write of twice its size."""
+        self._flush.zero_()
+
+    def synchronize(self) -> None:
+        self._torch.cuda.synchronize(self._device)
+
+    def energy(self, call: Call, duration_ms: float) -> Energy | None:
+        """The call's energy from a loop of at least ``duration_ms``; None where the card does not tell."""
+        _, call_ms = self.warm_up(call, 0.0)
+        count = max(1, min(_MAX_BURST_CALLS, int(_BURST_MS / call_ms)))
+        burst = self.capture(call, count)
+        if burst is None:
+            def burst() -> None:
+                for _ in range(count):
+                    call()
+        return loop_energy(self._sensors.energy_mj, burst, count, self._event, duration_ms)
+
+    def capture(self, call: Call, count: int = 1) -> Call | None:
+        """``count`` calls as one replayed CUDA graph, or None where they cannot be captured."""
         cuda = self._torch.cuda
         try:
             stream = cuda.Stream(self._device)
@@ -295,62 +324,11 @@ class DeviceTimer:
             cuda.synchronize(self._device)
             graph = cuda.CUDAGraph()
             with cuda.graph(graph, stream=stream):
-                call()
+                for _ in range(count):
+                    call()
             graph.replay()
             cuda.synchronize(self._device)
         except Exception:  # what a callee does that a capture forbids surfaces as many kinds of error
+            self.capture_failed = True
             return None
         return graph.replay
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """One look at the sensors; what the card does not tell is None."""
-
-    sm_clock_mhz: float | None
-    mem_clock_mhz: float | None
-    power_w: float | None
-    temperature_c: float | None
-    throttle: int
-
-
-class Sensors:
-    """Clocks, power, temperature and throttle reasons through NVML, without root; silent where there is none."""
-
-    def __init__(self, uuid: str | None, index: int = 0) -> None:
-        self._nvml = nvml_handle(uuid, index)
-
-    def read(self) -> Reading | None:
-        if self._nvml is None:
-            return None
-        nvml, handle = self._nvml
-        reasons = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None) or \
-            nvml.nvmlDeviceGetCurrentClocksThrottleReasons
-        power_mw = _ask(nvml.nvmlDeviceGetPowerUsage, handle)
-        return Reading(
-            sm_clock_mhz=_ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
-            mem_clock_mhz=_ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
-            power_w=None if power_mw is None else power_mw / 1e3,
-            temperature_c=_ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
-            throttle=int(_ask(reasons, handle) or 0))
-
-
-def _ask(function: Callable[..., Any], *arguments: Any) -> float | None:
-    try:
-        return float(function(*arguments))
-    except Exception:  # each card supports its own subset
-        return None
-
-
-def _summary(readings: Sequence[Reading]) -> dict[str, Any]:
-    def over(name: str, fold: Callable[[list[float]], float]) -> float | None:
-        known = [value for r in readings if (value := getattr(r, name)) is not None]
-        return fold(known) if known else None
-
-    seen = functools.reduce(lambda bits, r: bits | r.throttle, readings, 0)
-    return {
-        "sm_clock_mhz": over("sm_clock_mhz", statistics.median),
-        "mem_clock_mhz": over("mem_clock_mhz", statistics.median),
-        "power_w": over("power_w", max), "temperature_c": over("temperature_c", max),
-        "throttle": tuple(name for bit, name in _THROTTLE.items() if seen & bit),
-    }

@@ -96,6 +96,11 @@ class Plan:
         """The trials that depend on no result."""
         return list(self.first)
 
+    def opening(self, rows: Iterable[Mapping[str, Any]] = ()) -> list[Trial]:
+        """The first round, and after it the peers' trials of the second: they depend on no result either, and the
+        workers that prepare peers need not wait for ours."""
+        return [*self.first_round(), *(t for whole in self.wholes for t in whole if is_peer(t.impl))]
+
     def built_ahead(self, rows: Iterable[Mapping[str, Any]] = ()) -> list[Trial]:
         """The trials of the first round that have kernels to build without a GPU: those of ours and of the user's."""
         return [trial for trial in self.first if not is_peer(trial.impl)]

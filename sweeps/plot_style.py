@@ -18,7 +18,7 @@ STYLE: Any = {
     "axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.7, "xtick.color": INK, "ytick.color": INK,
     "legend.frameon": False, "legend.fontsize": 8.5, "figure.titlesize": 11.5, "figure.titleweight": "bold",
-    "savefig.dpi": 150, "hatch.linewidth": 0.5,
+    "savefig.dpi": 150, "hatch.linewidth": 0.5, "svg.fonttype": "none", "svg.hashsalt": "flash_sink_attn",
 }
 # Colours that stay apart under the common kinds of colour blindness, and a marker of its own for every name.
 LOOKS = {

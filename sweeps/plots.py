@@ -51,7 +51,7 @@ WHOLE_PASSES = ("fwd", "bwd", "fwd_bwd")
 
 
 def write_plots(selection: Selection, card: Card | None, directory: Path, warning: str = "") -> list[Path]:
-    """Draw every plot the rows allow, as PNG files.
+    """Draw every plot the rows allow, as PNG files with an SVG beside each.
 
     Args:
         selection: what to draw.
@@ -60,10 +60,10 @@ def write_plots(selection: Selection, card: Card | None, directory: Path, warnin
         warning: one line put on every plot.
 
     Returns:
-        The files, in the order of a report.
+        The PNG files, in the order of a report.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for old in directory.glob("*.png"):
+    for old in [*directory.glob("*.png"), *directory.glob("*.svg")]:
         old.unlink()
     figures: dict[str, Figure] = {}
     with mpl.rc_context(STYLE):
@@ -78,6 +78,9 @@ def write_plots(selection: Selection, card: Card | None, directory: Path, warnin
                 figure.suptitle(f"{figure.get_suptitle()}\n{warning}", color="#B00020")
             paths.append(directory / f"{name}.png")
             figure.savefig(paths[-1])
+            figure.set_layout_engine("none")    # laid out already; doing it again would take as long as the drawing
+            # without a date and with ids from a fixed salt, the same rows give the same bytes
+            figure.savefig(paths[-1].with_suffix(".svg"), metadata={"Date": None})
     return paths
 
 

@@ -13,7 +13,8 @@ from sweeps.environment import fingerprint
 from sweeps.plan import Trial
 
 _TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-_RESOURCES = ("registers", "spills", "shared_bytes", "hgmma", "binary")
+_RESOURCES = ("registers", "spills", "shared_bytes", "hgmma", "tma", "local", "mufu", "instructions", "cache_hit",
+              "binary")
 
 
 def make_row(trial: Trial, key: str, env: Mapping[str, Any], card: Card | None, compiled: CompileResult | None,
@@ -28,7 +29,8 @@ def make_row(trial: Trial, key: str, env: Mapping[str, Any], card: Card | None, 
 
     Returns:
         All of COLUMNS (None = empty; the speedups are filled in by whoever compares rows), and key, trial, options,
-        case_fields, versions, environment (its fingerprint), is_flash, is_default, applies_sink, hgmma, binary, with
+        case_fields, versions, environment (its fingerprint), is_flash, is_default, applies_sink, hgmma, tma,
+        local, mufu, instructions, cache_hit, binary, with
         what measure and worker add: samples_ms, half_width, timing, host_ms, throttle, seconds ...
     """
     case, config = trial.case, dict(trial.config)

@@ -1,6 +1,6 @@
-"""Runs the trials of a sweep: owns the log, feeds the compilers and the worker, outlives both.
+"""Runs the trials of a sweep: owns the log, feeds the compilers and the workers, outlives them all.
 
-One loop in one process and no thread: it waits until a compiler or the worker has something to say, writes down what it
+One loop in one process and no thread: it waits until a compiler or a worker has something to say, writes down what it
 was, and hands out the next piece of work. Whatever happens to a child costs at most the trial it was on.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import datetime
 import os
 import select
 import signal
@@ -21,95 +21,55 @@ from typing import Any
 
 from sweeps.compile_pool import CompilePool, CompileResult, CompileTask
 from sweeps.devices import find_card
-from sweeps.environment import environment, fingerprint, row_key
+from sweeps.environment import environment, fingerprint
 from sweeps.failures import message, shorten
-from sweeps.implementation import Implementation
-from sweeps.measure import Sampling
+from sweeps.finals import Final, final_sampling
+from sweeps.jobs import Catalogue, PendingFinal, PendingTrial, finals_among, launch_problem, outstanding, trials_among
 from sweeps.plan import Trial
-from sweeps.registry import load
+from sweeps.registry import is_peer
 from sweeps.rows import make_row
+from sweeps.sampling import Sampling
 from sweeps.spec import SweepSpec
 from sweeps.store import Row, Store, StoreError
-from sweeps.supervisor import Outcome, RunError, Supervisor
+from sweeps.summary import RunSummary
+from sweeps.supervisor import RunError
+from sweeps.workers import Finished, Lane, Workers
 
 __all__ = ["RunError", "RunSummary", "run"]
 
 Event = dict[str, Any]
-Phase = Callable[[list[Row]], Sequence[Trial]]
+Phase = Callable[[list[Row]], Sequence[Trial | Final]]
 
 _TICK_S = 0.5
-_GPU_STAGES = ("inputs", "run", "gate", "measure", "check")
 _COMPILED_ONLY = "compiled only, not run"
-
-
-@dataclasses.dataclass(frozen=True)
-class RunSummary:
-    """How a run ended.
-
-    Attributes:
-        run_dir: where its files are.
-        counts: rows by status, of the whole run directory.
-        new_rows: rows written this time.
-        remaining: trials of the phase it stopped in that have no row yet.
-        stopped: "" (complete), "interrupted" or "limit".
-        elapsed_s: of this time.
-        gpu_busy: share of the elapsed time in which the worker prepared inputs, ran, checked or timed on its device.
-        seconds: where the worker's time went, by stage; "waiting" is time without a trial to run, "starting" that of
-            new workers.
-    """
-
-    run_dir: Path
-    counts: dict[str, int]
-    new_rows: int
-    remaining: int
-    stopped: str
-    elapsed_s: float
-    gpu_busy: float
-    seconds: dict[str, float]
-
-    @property
-    def interrupted(self) -> bool:
-        return self.stopped == "interrupted"
-
-
-@dataclasses.dataclass(eq=False)
-class _Pending:
-    """A trial that still has to become a row."""
-
-    trial: Trial
-    use: str
-    key: str = ""
-    compiled: CompileResult | None = None
-    must_compile: bool = False
-
-    @property
-    def ready(self) -> bool:
-        return self.compiled is not None or not self.must_compile
-
-    @property
-    def source(self) -> str:
-        """Which implementation, with which options."""
-        return json.dumps([self.use, dict(self.trial.options)], sort_keys=True)
+_TWICE = "the whole run ended twice while this was running; it is not tried again"
+_PEER_WORKERS = 2           # each computes references of its own, so more would cost the device more than they save
+_CORES_FOR_BOTH = 8
 
 
 def run(spec: SweepSpec, run_dir: Path, *, phases: Sequence[Phase], limit_minutes: float | None = None,
         on_event: Callable[[Event], None] | None = None, retry: Collection[str] = (), compile_only: bool = False,
-        compilers: int | None = None) -> RunSummary:
-    """Turns every trial into a row, and what is already in ``run_dir`` is not done again.
+        compilers: int | None = None, peer_workers: int | None = None) -> RunSummary:
+    """Turns every trial into a row and every final into a record; what is already in ``run_dir`` is not done again.
 
     Args:
         spec: names the implementations, says how to time and whether to check.
         run_dir: a new directory, or one to resume.
-        phases: each is given all rows so far and returns the trials it wants, in the order they should run.
+        phases: each is given all rows so far and returns the trials and finals it wants, in the order they should run.
+            Finals run after all trials, with nobody else on the device. A phase is made when the trials of ours are
+            done; those of peers may still be running.
         limit_minutes: no trial is begun after this time; None = no limit.
-        on_event: told of ``{"event": "phase", "phase", "done", "total"}`` (trials of the phase; number from 1),
-            ``{"event": "trial", "trial", "stage"}``, ``{"event": "row", "row", "done", "total"}`` and
+        on_event: told of ``{"event": "phase", "phase", "done", "total", "finals"}`` (trials and finals of the phase;
+            number from 1; whether finals are all it has), ``{"event": "trial", "trial", "stage"}``,
+            ``{"event": "row", "row", "done", "total"}``, ``{"event": "final", "record", "done", "total"}`` and
             ``{"event": "note", "message"}``.
         retry: statuses whose rows are tried again, such as ("crashed", "timeout"); the later row replaces the earlier.
         compile_only: build for the spec's architecture and touch no device; the rows have resources and no times.
         compilers: CPU processes that compile ahead; default all cores but two, at least one.
+        peer_workers: processes that prepare and time peers beside the one for ours; default 2 on a GPU with 8 cores or
+            more, 1 with fewer, 0 (one process for all) without a GPU.
 
-    A first Ctrl-C (or SIGTERM) finishes the running trial's row and returns; a second one stops at once.
+    A first Ctrl-C (or SIGTERM) finishes the running trials' rows and returns; a second one stops at once.
 
     Raises:
         StoreError: ``run_dir`` is in use or not a run; StoreFull when a row could not be written.
@@ -117,28 +77,32 @@ def run(spec: SweepSpec, run_dir: Path, *, phases: Sequence[Phase], limit_minute
     """
     with Store(run_dir) as store:
         runner = _Runner(spec, store, on_event or (lambda event: None), limit_minutes, frozenset(retry),
-                         compile_only, compilers)
+                         compile_only, compilers, peer_workers)
         with runner.stopping_on_signals():
             try:
                 for number, phase in enumerate(phases, 1):
                     runner.phase(number, phase(store.rows()))
                     if runner.stopped:
                         break
-            except BaseException:
-                runner.close()
-                with contextlib.suppress(StoreError):
-                    store.write_results_csv()
+                runner.drain()
+            except BaseException as error:
+                runner.stopped = message(error)
+                for last_act in (runner.close, store.write_results_csv, runner.write_sitting):
+                    with contextlib.suppress(StoreError):
+                        last_act()
                 raise
             runner.close()
             store.write_results_csv()
+            runner.write_sitting()
         return runner.summary()
 
 
 class _Runner:
-    def __init__(self, spec: SweepSpec, store: Store, tell: Callable[[Event], None],
-                 limit_minutes: float | None, retry: frozenset[str], compile_only: bool, compilers: int | None) -> None:
+    def __init__(self, spec: SweepSpec, store: Store, tell: Callable[[Event], None], limit_minutes: float | None,
+                 retry: frozenset[str], compile_only: bool, compilers: int | None, peer_workers: int | None) -> None:
         self._spec, self._store, self._tell, self._retry = spec, store, tell, retry
         self._begin = time.monotonic()
+        self._start = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         self._limit_s = None if limit_minutes is None else limit_minutes * 60
         self._compile_only = compile_only
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default changes with Triton's version
@@ -153,65 +117,82 @@ class _Runner:
         self._fingerprint = fingerprint(self._env)
         self._card = find_card(self._env["gpu"], self._env["sm_count"]) if self._env["gpu"] != "cpu" else None
         self._shared_limit = self._env["shared_bytes_per_block"] or (self._card.smem_per_block if self._card else None)
-        timing = spec.timing
-        self._sampling = Sampling(**{f.name: getattr(timing, f.name) for f in dataclasses.fields(Sampling)})
-        cores = self._env["cpu_count"]
+        timing, cores = spec.timing, self._env["cpu_count"]
+        self._sampling = {f.name: getattr(timing, f.name) for f in dataclasses.fields(Sampling)}
         self._pool = CompilePool(compilers or max(1, cores - 2), timing.compile_timeout_s)
-        self._implementations: dict[str, tuple[Implementation, dict[str, str]] | str] = {}
+        self._catalogue = Catalogue(spec, self._env)
         self._unavailable: dict[str, str] = {}
         self._prebuilt: set[str] = set()  # implementations with nothing to build ahead
         self._binaries: dict[tuple[str, str, str], str] = {}
         for row in store.rows():
             self._remember_binary(row)
-        self._worker = Supervisor(self._stage_limit_s, self._on_stage, self._note)
-        self._current: _Pending | None = None
-        self._waiting: list[_Pending] = []
-        self._known: set[str] = set()  # keys of the phase's trials
-        self._new_rows = self._done = 0
+        if peer_workers is None:
+            peer_workers = 0 if self._env["gpu"] == "cpu" else _PEER_WORKERS if cores >= _CORES_FOR_BOTH else 1
+        if not any(map(is_peer, spec.implementations)):
+            peer_workers = 0
+        self._workers = Workers(peer_workers, self._stage_limit_s, self._on_stage, self._note)
+        self._waiting: list[PendingTrial] = []
+        self._alone: list[tuple[Lane, PendingTrial | PendingFinal]] = []  # what wants the device to itself
+        self._known: set[str] = set()  # keys of the phase's trials and finals
+        self._written: set[str] = set()  # keys of the rows of this sitting
+        self._new_rows = self._new_finals = self._done = self._cache_hits = self._cache_misses = 0
         self._notes: set[str] = set()
         self.stopped = ""
 
     # ---- what is to be done
 
-    def phase(self, number: int, trials: Sequence[Trial]) -> None:
-        """Makes a row of every trial, unless it is told to stop before."""
-        self._waiting = self._outstanding(trials)
-        self._done = len(self._known) - len(self._waiting)
-        self._tell({"event": "phase", "phase": number, "done": self._done, "total": len(self._known)})
-        for p in list(self._waiting):
-            if self._settled_unrun(p):
-                self._waiting.remove(p)
+    def phase(self, number: int, jobs: Sequence[Trial | Final]) -> None:
+        """Makes a row of every trial, then a record of every final, unless it is told to stop before.
+
+        Peers' trials that are left when all else is done stay for the next phase, since no phase is made from their
+        rows; a final waits for them.
+        """
+        pending = [self._catalogue.pending(trial) for trial in trials_among(jobs)]
+        finals = [self._catalogue.pending_final(final) for final in finals_among(jobs)]
+        carried = {job.key for job in self._unfinished()}
+        new = [p for p in outstanding(pending, self._store.rows(), self._retry) if p.key not in carried | self._written]
+        left = outstanding(finals, self._store.finals(), self._retry)
+        self._known = carried | {p.key for p in pending} | {f.key for f in finals}
+        self._done = len(self._known) - len(carried) - len(new) - len(left)
+        self._tell({"event": "phase", "phase": number, "done": self._done, "total": len(self._known),
+                    "finals": bool(finals) and not pending and not carried})
+        new = [p for p in new if not self._settled_unrun(p)]
+        self._waiting += new
+        self._alone += [(self._workers.lanes[0], f) for f in left if not self._lost_twice(f)]
         self._pool.submit([CompileTask(p.key, p.use, p.trial.options, p.trial.case, p.trial.config, self._env["arch"])
-                           for p in self._waiting if p.must_compile])
-        while self._waiting or self._current:
+                           for p in new if p.must_compile])
+        self._work(lambda job: isinstance(job, PendingFinal) or not job.peer)
+
+    def drain(self) -> None:
+        """Finishes what the phases have left."""
+        self._work(lambda job: True)
+        for _, job in self._alone:  # of a run that is stopped: what came out beside others is better than nothing
+            if isinstance(job, PendingTrial) and job.oom:
+                status, text, fields = job.oom
+                self._row(job, status, text, **fields)
+        self._alone = [(lane, job) for lane, job in self._alone if isinstance(job, PendingFinal)]
+
+    def _unfinished(self) -> list[PendingTrial | PendingFinal]:
+        return [*self._waiting, *(job for _, job in self._alone), *self._workers.jobs]
+
+    def _work(self, owed: Callable[[PendingTrial | PendingFinal], bool]) -> None:
+        """Goes on until nothing that is owed is left, or the run is stopped and nobody is at work."""
+        while any(map(owed, self._unfinished())):
             self._check_limit()
-            if self.stopped and not self._current:
+            if self.stopped and not self._workers.jobs:
                 break
             if not self.stopped:
                 self._assign()
             self._wait()
+            # First the workers: the device is free until the next of them is told that it may go on.
+            for finished in self._workers.poll():
+                self._finished(finished)
             for result in self._pool.poll():
                 self._built(result)
-            if outcome := self._worker.poll():
-                self._finished(outcome)
 
-    def _outstanding(self, trials: Sequence[Trial]) -> list[_Pending]:
-        """The trials without a row, each once."""
-        statuses = {row["key"]: row["status"] for row in self._store.rows()}
-        found: dict[str, _Pending] = {}
-        self._known = set()
-        for trial in trials:
-            p = _Pending(trial, self._spec.implementations[trial.impl].use or trial.impl)
-            found_here = self._implementation(p)
-            p.key = row_key(trial.id, {} if isinstance(found_here, str) else found_here[1], self._env)
-            self._known.add(p.key)
-            if p.key not in statuses or statuses[p.key] in self._retry:
-                found.setdefault(p.key, p)
-        return list(found.values())
-
-    def _settled_unrun(self, p: _Pending) -> bool:
+    def _settled_unrun(self, p: PendingTrial) -> bool:
         """Writes the row of a trial whose outcome is known without running anything."""
-        found = self._implementation(p)
+        found = self._catalogue.get(p)
         if isinstance(found, str):
             self._row(p, "unavailable", found)
         elif reason := p.trial.unsupported or found[0].unsupported(p.trial.case):
@@ -219,47 +200,59 @@ class _Runner:
         elif p.trial.rejected:
             self._row(p, "rejected", shorten(p.trial.rejected))
         elif self._store.starts_without_row(p.key) >= 2:
-            self._row(p, "crashed", "the whole run ended twice while this trial was running; it is not tried again")
+            self._row(p, "crashed", _TWICE)
         else:
-            p.must_compile = self._env["arch"] is not None and p.source not in self._prebuilt
+            buildable = (self._compile_only or not p.peer) and p.source not in self._prebuilt
+            p.must_compile = self._env["arch"] is not None and buildable
             return False
         return True
 
-    def _implementation(self, p: _Pending) -> tuple[Implementation, dict[str, str]] | str:
-        """The loaded implementation and its versions, or why it cannot be loaded."""
-        if p.source not in self._implementations:
-            try:
-                implementation = load(p.use, p.trial.options)
-                self._implementations[p.source] = implementation, dict(implementation.versions())
-            except Exception as error:  # a user's module can raise anything
-                self._implementations[p.source] = message(error)
-        return self._implementations[p.source]
+    def _lost_twice(self, f: PendingFinal) -> bool:
+        if self._store.starts_without_row(f.key) < 2:
+            return False
+        self._record(f, {"status": "crashed", "message": _TWICE})
+        return True
 
     # ---- handing out work
 
     def _assign(self) -> None:
-        """Gives an idle worker the first trial that is ready."""
-        if self._compile_only or self._current or not self._waiting:
+        """Gives idle workers what is ready for them; what wants the device to itself comes when all else is done."""
+        if self._compile_only:
             return
-        while self._worker.idle and (p := next((p for p in self._waiting if p.ready), None)) is not None:
+        for lane in self._workers.lanes:
+            self._fill(lane)
+        if self._alone and not self._waiting and not self._workers.jobs:
+            lane, job = self._alone[0]
+            self._workers.leave_alone(lane)
+            if lane.supervisor.idle and self._submit(lane, job):
+                self._alone.pop(0)
+
+    def _fill(self, lane: Lane) -> None:
+        """Gives an idle worker the first trial that is ready, and starts it when there is one that will be."""
+        if lane.job is not None:
+            return
+        for p in list(self._waiting):
+            if lane not in self._workers.lanes_for(p.source, p.peer):
+                continue
+            if not lane.supervisor.idle:
+                return
+            if not p.ready:
+                continue
             if p.source in self._unavailable:
                 self._row(p, "unavailable", self._unavailable[p.source])
-            elif not self._is_duplicate(p) and not self._submit(p):
+            elif not self._is_duplicate(p) and not self._submit(lane, p):
                 return
             self._waiting.remove(p)
 
-    def _submit(self, p: _Pending) -> bool:
-        self._store.start(p.key, p.trial.id)
-        self._current = p
-        taken = self._worker.submit({
-            "trial": p.trial.id, "implementation": p.use, "options": dict(p.trial.options),
-            "case": p.trial.case.to_dict(), "config": dict(p.trial.config), "gate": self._spec.gate.enabled,
-            "sampling": dataclasses.asdict(self._sampling)})
-        if not taken:
-            self._current = None
-        return taken
+    def _submit(self, lane: Lane, job: PendingTrial | PendingFinal) -> bool:
+        self._store.start(job.key, job.id)
+        sampling = self._sampling
+        if isinstance(job, PendingFinal):
+            sampling = dataclasses.asdict(job.final.sampling(final_sampling(self._spec.timing)))
+        source = job.source if isinstance(job, PendingTrial) else ""
+        return self._workers.submit(lane, job, source, job.request(sampling=sampling, gate=self._spec.gate.enabled))
 
-    def _is_duplicate(self, p: _Pending) -> bool:
+    def _is_duplicate(self, p: PendingTrial) -> bool:
         """Writes the row of a config whose machine code another config of its case has run with already."""
         binary = p.compiled.resources.get("binary") if p.compiled else None
         first = self._binaries.get((p.trial.impl, p.trial.case.id, binary or ""))
@@ -280,10 +273,12 @@ class _Runner:
         if p is None:
             return
         p.compiled = result
-        shared = result.resources.get("shared_bytes") or 0
+        if "cache_hit" in result.resources:
+            self._cache_hits += bool(result.resources["cache_hit"])
+            self._cache_misses += not result.resources["cache_hit"]
         failed = ""
-        if result.status == "ok" and self._shared_limit and shared > self._shared_limit:
-            failed = f"shared memory: needs {shared} bytes, a block has {self._shared_limit}"
+        if result.status == "ok":
+            failed = launch_problem(result.resources, p.trial.config, self._shared_limit)
         if result.status == "ok" and not failed and not self._compile_only:
             if not result.resources:
                 self._nothing_to_build(p.source)
@@ -304,17 +299,24 @@ class _Runner:
         for p in same:
             p.must_compile = False
 
-    # ---- the worker
+    # ---- what comes back
 
-    def _finished(self, outcome: Outcome) -> None:
-        p, self._current = self._current, None
-        if p is None:
+    def _finished(self, done: Finished) -> None:
+        fields = dict(done.outcome.fields)
+        if done.overlapped_s is not None:
+            fields["overlapped"] = done.overlapped_s
+        if isinstance(done.job, PendingFinal):
+            self._record(done.job, fields)
             return
-        fields = dict(outcome.fields)
+        p: PendingTrial = done.job
         status, text = fields.pop("status"), fields.pop("message")
-        if status == "unavailable" or outcome.stage == "import":  # all further trials of it would end the same way
+        if status == "unavailable" or done.outcome.stage == "import":  # its other trials would end the same way
             self._unavailable[p.source] = text
-        self._row(p, status, text, **fields)
+        if status == "oom" and p.oom is None and self._workers.others_hold_memory(done.lane):
+            p.oom = status, text, fields
+            self._alone.insert(0, (done.lane, p))
+        else:
+            self._row(p, status, text, **fields)
 
     def _stage_limit_s(self, stage: str) -> float:
         timing = self._spec.timing
@@ -323,26 +325,32 @@ class _Runner:
 
     def _wait(self) -> None:
         """Until a child has something to say, but no longer than to its deadline or the next tick."""
-        left = self._worker.time_left_s()
+        left = self._workers.time_left_s()
         timeout = _TICK_S if left is None else min(_TICK_S, max(0.01, left))
-        select.select([*self._pool.readable(), *self._worker.readable()], [], [], timeout)
+        select.select([*self._pool.readable(), *self._workers.readable()], [], [], timeout)
 
     # ---- rows
 
-    def _row(self, p: _Pending, status: str, text: str, **fields: Any) -> None:
-        found = self._implementation(p)
+    def _row(self, p: PendingTrial, status: str, text: str, **fields: Any) -> None:
+        found = self._catalogue.get(p)
         implementation, versions = (None, {}) if isinstance(found, str) else found
         row = self._store.append(make_row(p.trial, p.key, self._env, self._card, p.compiled, fields | {
             "status": status, "message": text, "versions": versions,
             "is_flash": implementation is not None and implementation.is_flash}))
         self._remember_binary(row)
+        self._written.add(p.key)
         self._new_rows += 1
         self._done += 1
         self._tell({"event": "row", "row": row, "done": self._done, "total": len(self._known)})
 
-    def _on_stage(self, stage: str) -> None:
-        if self._current:
-            self._tell({"event": "trial", "trial": self._current.trial.id, "stage": stage})
+    def _record(self, f: PendingFinal, outcome: Mapping[str, Any]) -> None:
+        record = self._store.append_final(f.record(self._env, outcome))
+        self._new_finals += 1
+        self._done += 1
+        self._tell({"event": "final", "record": record, "done": self._done, "total": len(self._known)})
+
+    def _on_stage(self, job: PendingTrial | PendingFinal, stage: str) -> None:
+        self._tell({"event": "trial", "trial": job.id, "stage": stage})
 
     def _note(self, text: str) -> None:
         if text and text not in self._notes:
@@ -357,7 +365,7 @@ class _Runner:
 
     @contextlib.contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM lets the running trial finish, the second one does what it always does."""
+        """The first SIGINT or SIGTERM lets the running trials finish, the second one does what it always does."""
         before: dict[signal.Signals, Any] = {}
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -375,12 +383,16 @@ class _Runner:
 
     def close(self) -> None:
         self._pool.close()
-        self._worker.close()
+        self._workers.close()
 
     def summary(self) -> RunSummary:
-        elapsed, seconds = time.monotonic() - self._begin, self._worker.seconds
+        elapsed = time.monotonic() - self._begin
         return RunSummary(
             run_dir=self._store.run_dir, counts=dict(Counter(row["status"] for row in self._store.rows())),
-            new_rows=self._new_rows, remaining=len(self._waiting), stopped=self.stopped, elapsed_s=elapsed,
-            gpu_busy=sum(seconds.get(stage, 0.0) for stage in _GPU_STAGES) / elapsed,
-            seconds={stage: round(s, 3) for stage, s in seconds.items()})
+            new_rows=self._new_rows, remaining=len(self._waiting) + len(self._alone), stopped=self.stopped,
+            elapsed_s=elapsed, gpu_busy=self._workers.gpu_s / elapsed, seconds=self._workers.seconds,
+            workers=self._workers.by_worker, new_finals=self._new_finals, cache_hits=self._cache_hits,
+            cache_misses=self._cache_misses)
+
+    def write_sitting(self) -> None:
+        self._store.add_sitting({"start": self._start, "environment": self._fingerprint, **self.summary().sitting()})

@@ -1,4 +1,4 @@
-"""Trials to decisions: the best configuration of every case, how sure that is, and what its rivals take."""
+"""Trials and finals to decisions: the best configuration of every case, how sure that is, and what its rivals take."""
 
 from __future__ import annotations
 
@@ -6,22 +6,33 @@ import csv
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sweeps.cases import Case
-from sweeps.measure import median_interval
+from sweeps.measured import (
+    BACKWARD_KERNELS,
+    TILE_COLUMNS,
+    TILE_DEFAULTS,
+    Measured,
+    Row,
+    config_json,
+    config_label,
+    interval,
+    tile_columns,
+)
 from sweeps.registry import PEERS, is_peer, peer_of
+from sweeps.store import read_finals, read_rows
+from sweeps.verdict import Contest, Neighbour, Verdict, family, find_contest, key_of, wrong_in_final
+
+__all__ = ["BACKWARD_KERNELS", "NOT_RUN", "TILE_COLUMNS", "TILE_DEFAULTS", "CaseResult", "Measured", "Row", "Selection",
+           "best_row", "config_json", "config_label", "interval", "peer_order", "select", "select_run", "tile_columns",
+           "write_best_csv"]
 
 NOT_RUN = "not_run"     # status in best.csv of a case that a run stopped before
-TILE_COLUMNS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-BACKWARD_KERNELS = {"dq": "bwd_dq", "dkdv": "bwd_dkdv"}
-# Of TileConfig, beyond TILE_COLUMNS; written out, so that reading a run needs no kernel.
-TILE_DEFAULTS = {"PACK_GQA": False, "SPLIT_LOOPS": True, "maxnreg": None, "TMA": False}
-_SHORT = {"PACK_GQA": "pack", "SPLIT_LOOPS": "oneloop", "TMA": "tma"}     # what it says where it is not the default
-
-Row = dict[str, Any]
+WALL_NOISE = 0.03       # wall times of a first pass closer than this share are not told apart
+Record = Mapping[str, Any]
 
 
 def peer_order(impls: Iterable[str]) -> list[str]:
@@ -33,69 +44,6 @@ def peer_order(impls: Iterable[str]) -> list[str]:
     return sorted(set(impls), key=key)
 
 
-def config_json(config: Mapping[str, Any]) -> str:
-    """One text for equal configurations."""
-    return json.dumps(config, sort_keys=True)
-
-
-def config_label(config: Mapping[str, Any]) -> str:
-    """A configuration for people: ``64x32 w4 s3 pack``; for a backward ``dq 64x64 w4 s3 | dkdv 32x64 w4 s3``.
-
-    Beyond tile sizes, warps and stages it shows only what is not TileConfig's default.
-    """
-    nested = [k for k in ("fwd", *BACKWARD_KERNELS.values()) if isinstance(config.get(k), Mapping)]
-    if nested:
-        return " | ".join(f"{k.removeprefix('bwd_')} {config_label(config[k])}" for k in nested)
-    if not {"BLOCK_M", "BLOCK_N"} <= set(config):
-        return " ".join(f"{k}={v}" for k, v in sorted(config.items())) or "default"
-    parts = [f"{config['BLOCK_M']}x{config['BLOCK_N']}"]
-    parts += [f"{short}{config[name]}" for name, short in (("num_warps", "w"), ("num_stages", "s")) if name in config]
-    for name, default in TILE_DEFAULTS.items():
-        value = config.get(name, default)
-        if value != default:
-            parts.append(f"r{value}" if name == "maxnreg" else _SHORT[name])
-    others = sorted(set(config) - set(TILE_COLUMNS) - set(TILE_DEFAULTS))
-    return " ".join(parts + [f"{name}={config[name]}" for name in others])
-
-
-def interval(samples: Sequence[float], median: float) -> tuple[float, float]:
-    """The 95% interval of the median, in the samples' unit.
-
-    Fewer than six samples cannot give 95%: their range is returned, which holds the median with less confidence;
-    without samples the median itself is, twice.
-    """
-    if not samples:
-        return median, median
-    low, high = median_interval(samples) or (min(samples), max(samples))
-    return min(low, median), max(high, median)
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One timed candidate of a case; times in ms, ``low`` and ``high`` the 95% interval of the median."""
-
-    impl: str
-    config: Mapping[str, Any]
-    latency_ms: float
-    low: float
-    high: float
-    row: Row
-
-    @classmethod
-    def of(cls, row: Row, config: Mapping[str, Any]) -> Measured:
-        latency = float(row["latency_ms"])
-        return cls(row["impl"], config, latency, *interval(row.get("samples_ms") or (), latency), row)
-
-    @property
-    def label(self) -> str:
-        return config_label(self.config)
-
-    @property
-    def half_width(self) -> float:
-        """Half the interval, relative to the median."""
-        return (self.high - self.low) / 2 / self.latency_ms
-
-
 @dataclasses.dataclass(frozen=True)
 class CaseResult:
     """What a run says about one case on one card.
@@ -103,12 +51,15 @@ class CaseResult:
     Attributes:
         gpu, case, model: the card's name as in the rows, the case, and its label ("" = none).
         rows: every row of the case, in the order of the log.
-        ranked: the candidates of ours that were timed, fastest first.
-        tied: those of ``ranked`` whose interval overlaps the winner's, the winner first.
+        ranked: the candidates of ours that were timed, the winner first, then those of the final by their time there,
+            then the others by theirs.
+        tied: those of ``ranked`` that are not known to be slower, the winner first. After a final by their paired
+            ratios; without one, those whose interval overlaps the winner's.
         peers: the fastest ok row of each peer, by name, fastest first.
         peer_failures: status of each peer that has no ok row.
         eager, flash, default: the rivals of the speedup columns: eager; the fastest FlashAttention or cuDNN row whose
             result contains the sink; our untuned heuristic. None where the run has none.
+        verdict: how the final came out, None where the first pass decided.
     """
 
     gpu: str
@@ -122,6 +73,7 @@ class CaseResult:
     eager: Measured | None
     flash: Measured | None
     default: Measured | None
+    verdict: Verdict | None = None
 
     @property
     def best(self) -> Measured | None:
@@ -147,11 +99,31 @@ class CaseResult:
 
     @property
     def margin(self) -> tuple[float, float, float] | None:
-        """By how much the runner-up is slower (0.02 = 2%), with the bounds that the two intervals allow."""
+        """By how much the runner-up is slower (0.02 = 2%), with its interval.
+
+        After a final that of their paired ratio; it can be below 0 where a tie was decided by the neighbouring shapes.
+        Otherwise the bounds that the two medians' intervals allow.
+        """
         if self.best is None or self.runner_up is None:
             return None
+        if self.verdict is not None and self.verdict.ratios:
+            paired = self.verdict.ratios[0]
+            return paired.ratio - 1, paired.low - 1, paired.high - 1
         a, b = self.best, self.runner_up
         return b.latency_ms / a.latency_ms - 1, b.low / a.high - 1, b.high / a.low - 1
+
+    @property
+    def wall_disagrees(self) -> bool | None:
+        """Whether a caller waits less for another candidate of ours than for the winner, beyond the noise.
+
+        None = not known: one looked quicker in the first pass, and no final has timed both against each other.
+        """
+        if self.verdict is not None and self.verdict.wall_disagrees is not None:
+            return self.verdict.wall_disagrees
+        walls = [m.row["wall_ms"] for m in self.ranked if m.row.get("wall_ms")]
+        if self.best is None or not self.best.row.get("wall_ms"):
+            return None
+        return False if min(walls) >= self.best.row["wall_ms"] * (1 - WALL_NOISE) else None
 
     def speedup(self, rival: Measured | None) -> float | None:
         """How many times faster than the rival: its time over our best's, None where one of them is missing."""
@@ -179,12 +151,14 @@ class Selection:
         return next((r for r in self.results if r.case.id == case_id), None)
 
 
-def select(rows: Iterable[Mapping[str, Any]]) -> Selection:
+def select(rows: Iterable[Mapping[str, Any]], finals: Iterable[Record] = ()) -> Selection:
     """Choose the best configuration of every case.
 
-    The winner is the timed ok row of ours with the lowest ``latency_ms``; of equal ones the first by implementation and
-    configuration text: the order of the log plays no part. A configuration measured several times counts with its last
-    ok row. What the noise does not separate from the winner is its tie set.
+    Where a final was held (see :func:`sweeps.verdict.find_contest`), it decides: the winner is the fastest, or within a
+    tie the configuration that does best on the neighbouring shapes. Otherwise the winner is the timed ok row of ours
+    with the lowest ``latency_ms``; of equal ones the first by implementation and configuration text: the order of the
+    log plays no part. A configuration measured several times counts with its last ok row. What the noise does not
+    separate from the winner is its tie set.
 
     An untuned default that cannot tell what it chooses is logged with the configuration {}. It stands for the one whose
     machine code is the same, and is a candidate of its own only where that was not measured by name. Where nothing
@@ -192,19 +166,68 @@ def select(rows: Iterable[Mapping[str, Any]]) -> Selection:
 
     Args:
         rows: rows of a trial log, see ``sweeps.rows.make_row``.
+        finals: records of the finals' log, oldest first.
     """
     filled = [dict(r) for r in rows]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in filled:
         groups.setdefault((row["gpu"], row["case"]), []).append(row)
-    results = tuple(_case_result(group) for group in groups.values())
+    records: dict[tuple[str, str], list[Record]] = {}
+    for record in finals:
+        records.setdefault((record["gpu"], record["case"]), []).append(record)
+    first = [_case_result(group, wrong_in_final(records.get(key, ()))) for key, group in groups.items()]
+    contests = [find_contest(result.ranked, records.get(key, ())) for key, result in zip(groups, first, strict=True)]
+    results = tuple(result if contest is None else _after_final(result, contest, _neighbours(result, first))
+                    for result, contest in zip(first, contests, strict=True))
     for result in results:
         _fill_speedups(result)
     return Selection(results, tuple(filled))
 
 
-def _case_result(rows: list[Row]) -> CaseResult:
-    timed = [r for r in rows if r["status"] == "ok" and r.get("latency_ms") is not None]
+def select_run(run_dir: Path) -> Selection:
+    """:func:`select` on a run directory.
+
+    Raises:
+        StoreError: it is not one.
+    """
+    return select(read_rows(run_dir), read_finals(run_dir))
+
+
+def _neighbours(result: CaseResult, everything: Sequence[CaseResult]) -> list[Neighbour]:
+    """The other shapes of the family on the same card, the pass's result and its parts'."""
+    shapes: dict[str, dict[str, CaseResult]] = {}
+    for other in everything:
+        if other.gpu == result.gpu and family(other.case) == family(result.case):
+            shapes.setdefault(other.case.shape_id, {})[other.case.pass_] = other
+    shapes.pop(result.case.shape_id)
+
+    def times(other: CaseResult | None) -> dict[tuple[str, str], float]:
+        return {key_of(m): m.latency_ms for m in other.ranked} if other else {}
+
+    found = []
+    for passes in shapes.values():
+        own = passes.get(result.case.pass_)
+        leaders = frozenset(map(key_of, own.tied)) if own else frozenset()
+        parts = {part: times(passes.get(part)) for part in BACKWARD_KERNELS.values()}
+        found.append(Neighbour(times(own), parts, leaders))
+    return found
+
+
+def _after_final(result: CaseResult, contest: Contest, neighbours: Sequence[Neighbour]) -> CaseResult:
+    verdict = contest.verdict(neighbours)
+    timed = {key_of(m): m for m in verdict.entrants}
+    others = [m for m in result.ranked if key_of(m) not in timed]
+    default = result.default
+    if default is not None:
+        default = timed.get(key_of(default), default)
+    return dataclasses.replace(result, ranked=(*verdict.entrants, *others), tied=verdict.tied, default=default,
+                               verdict=verdict)
+
+
+def _case_result(rows: list[Row], wrong: Collection[str]) -> CaseResult:
+    """What the first pass says; ``wrong``: keys of rows that are out since then."""
+    timed = [r for r in rows if r["status"] == "ok" and r.get("latency_ms") is not None
+             and r.get("key") not in wrong]
     ranked = _rank([r for r in timed if not is_peer(r["impl"])], rows)
     peers: dict[str, Measured] = {}
     for m in sorted((Measured.of(r, r.get("config") or {}) for r in timed if is_peer(r["impl"])),
@@ -259,15 +282,6 @@ def _fill_speedups(result: CaseResult) -> None:
             row[f"speedup_vs_{name}"] = rival.latency_ms / row["latency_ms"] if timed and rival is not None else None
 
 
-def tile_columns(config: Mapping[str, Any]) -> Row:
-    """BLOCK_M, BLOCK_N, num_warps and num_stages; for a pair of backward kernels dq_BLOCK_M ... dkdv_num_stages."""
-    out: Row = {name: config.get(name) for name in TILE_COLUMNS}
-    for prefix, kernel in BACKWARD_KERNELS.items():
-        part = config.get(kernel)
-        out |= {f"{prefix}_{name}": part.get(name) if isinstance(part, Mapping) else None for name in TILE_COLUMNS}
-    return out
-
-
 def _no_winner(own: list[Row]) -> tuple[str, str]:
     """Status and message of a case without a winner."""
     # a backward is timed in pairs of its parts' winners: without rows of its own the run ended before
@@ -302,6 +316,11 @@ def best_row(result: CaseResult, peers: Iterable[str] = ()) -> Row:
             "runner_up": config_json(runner_up.config) if runner_up else None,
             "margin": margin[0] if margin else None, "margin_low": margin[1] if margin else None,
             "margin_high": margin[2] if margin else None}
+    verdict = result.verdict
+    row |= {"source": None if best is None else "first pass" if verdict is None or verdict.alone else "finals",
+            "first_pass_ms": best.row.get("first_pass_ms", best.latency_ms) if best else None,
+            "drift": verdict.drift if verdict else None, "energy_j": verdict.energy_j if verdict else None,
+            "tflops_per_w": verdict.tflops_per_w if verdict else None, "wall_disagrees": result.wall_disagrees}
     for name, rival in (result.rivals | {"best_peer": result.best_peer}).items():
         if name in ("flash", "best_peer"):
             row[f"{name}_impl" if name == "flash" else name] = rival.impl if rival else None

@@ -24,6 +24,7 @@ from pydantic import (
 from flash_sink_attn.devices import gpu_slug
 from sweeps.devices import Card, find_card
 from sweeps.fields import Booleans, Heads, Integers, Many, ModelName, Section, Varlen, Window, nearest, same_or_pair
+from sweeps.sampling import FinalSampling, Sampling
 
 DEFAULT_ARCH = 90
 
@@ -132,6 +133,7 @@ class Grid(Section):
     SPLIT_LOOPS: Booleans = (True,)
     maxnreg: Annotated[tuple[Annotated[int | None, Field(strict=True)], ...], Many] = (None,)
     TMA: Booleans = (False,)
+    REGISTER_A: Booleans = (False,)
 
     def configs(self) -> Iterator[dict[str, Any]]:
         """Every combination, with all fields by name."""
@@ -205,28 +207,34 @@ class ImplementationSpec(Section):
                 for grid in self.tunables[pass_] for values in itertools.product(*grid.values())]
 
 
-class Timing(Section):
-    """How long to measure.
+class Finals(Section, FinalSampling):  # type: ignore[misc]  # frozen by model_config, which mypy does not see
+    """Who is timed again, in the same moments as its rivals, and until when: :class:`sweeps.sampling.FinalSampling`.
 
     Attributes:
-        precision: sampling stops once half the 95% interval of the median is below this share of it; default 0.01.
-        min_samples, max_samples: of one trial; defaults 10 and 200.
-        max_ms: sampling also stops after this time, milliseconds, flushes included; default 150.
-        warmup_ms: calls before the first sample, milliseconds; default 10.
-        wall_ms: time for the samples of wall_ms, milliseconds; default 20, 0 = none.
+        enabled: default null = where there is a GPU. Without finals the first pass decides.
+        within: candidates of ours go on when their interval overlaps the fastest one's, or their time is at most this
+            share above it; default 0.02.
+        max_entrants: never more per case, the fastest and the untuned default first; default 6.
+    """
+
+    enabled: StrictBool | None = None
+    within: NonNegativeFloat = 0.02
+    max_entrants: Annotated[int, Field(ge=2)] = 6
+
+
+class Timing(Section, Sampling):  # type: ignore[misc]  # as above
+    """How long to measure: the fields of :class:`sweeps.sampling.Sampling`, and these.
+
+    Attributes:
         compile_timeout_s: limit for building one configuration, seconds; default 120. A peer that builds on its first
             call has the same limit for that call.
         measure_timeout_s: limit for each of checking and timing one trial, seconds; default 120.
+        finals: how the best candidates are told apart.
     """
 
-    precision: PositiveFloat = 0.01
-    min_samples: PositiveInt = 10
-    max_samples: PositiveInt = 200
-    max_ms: PositiveFloat = 150.0
-    warmup_ms: NonNegativeFloat = 10.0
-    wall_ms: NonNegativeFloat = 20.0
     compile_timeout_s: PositiveFloat = 120.0
     measure_timeout_s: PositiveFloat = 120.0
+    finals: Finals = Finals()
 
 
 class Gate(Section):

@@ -5,7 +5,9 @@
     spec.yaml      the configuration of the run, put there by whoever starts it
     env.json       schema version and environment; earlier ones of a resumed run under "earlier"
     trials.jsonl   one row per line, whole or absent
+    finals.jsonl   one final per line, whole or absent
     started.jsonl  what was begun, so that a resumed run knows which trial was running when the last one ended
+    summary.json   one entry per sitting: how long it took, how busy the device was, where the time went
     results.csv    derived from trials.jsonl: sweeps.columns.COLUMNS, in that order
 """
 
@@ -29,7 +31,9 @@ from sweeps.environment import fingerprint
 
 SCHEMA_VERSION = 1
 LOG = "trials.jsonl"
+FINALS = "finals.jsonl"
 STARTED = "started.jsonl"
+SUMMARY = "summary.json"
 Row = dict[str, Any]
 
 
@@ -67,12 +71,14 @@ class Store:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, int] = {}
         try:
-            for name in (LOG, STARTED):
+            for name in (LOG, FINALS, STARTED):
                 self._files[name] = os.open(run_dir / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
                 if name == LOG:
                     _lock(self._files[name], run_dir)
                 _cut_torn_line(self._files[name])
             self._rows = {row["key"]: row for row in read_rows(run_dir)}
+            self._finals = {record["key"]: record for record in read_finals(run_dir)}
+            self._sittings = read_sittings(run_dir)
             self._starts = Counter(record["key"] for record in _read_lines(run_dir / STARTED))
         except BaseException:
             self.close()
@@ -98,15 +104,21 @@ class Store:
             ValueError: no ``key``, or an unknown ``status``.
             StoreFull: it could not be written whole.
         """
-        if row.get("status") not in STATUSES:
-            raise ValueError(f"row: status must be one of {', '.join(STATUSES)}, got {row.get('status')!r}")
-        if not row.get("key"):
-            raise ValueError("row: key is missing")
-        clean: Row = _finite(dict(row))
-        self._write(LOG, clean)
-        self._rows.pop(clean["key"], None)
-        self._rows[clean["key"]] = clean
-        return clean
+        return self._append(LOG, self._rows, row)
+
+    def append_final(self, record: Mapping[str, Any]) -> Row:
+        """Writes the record of one final, by the rules of :meth:`append`."""
+        return self._append(FINALS, self._finals, record)
+
+    def add_sitting(self, sitting: Mapping[str, Any]) -> None:
+        """Adds an entry to summary.json.
+
+        Raises:
+            StoreFull: it could not be written; the earlier entries are still there.
+        """
+        sittings = [*self._sittings, _finite(dict(sitting))]
+        _replace(self.run_dir / SUMMARY, json.dumps(sittings, indent=1, allow_nan=False) + "\n")
+        self._sittings = sittings
 
     def start(self, key: str, trial_id: str) -> None:
         """Records that the trial is about to run."""
@@ -117,12 +129,16 @@ class Store:
         """All rows, one per key: of a trial that was tried again, the last."""
         return list(self._rows.values())
 
+    def finals(self) -> list[Row]:
+        """All records of finals, one per key."""
+        return list(self._finals.values())
+
     def done_keys(self) -> set[str]:
         return set(self._rows)
 
     def starts_without_row(self, key: str) -> int:
-        """How often the trial was begun and the run ended before its row; 0 once it has one."""
-        return 0 if key in self._rows else self._starts[key]
+        """How often the trial or final was begun and the run ended before its row; 0 once it has one."""
+        return 0 if key in self._rows or key in self._finals else self._starts[key]
 
     def write_results_csv(self, rows: Iterable[Mapping[str, Any]] | None = None) -> Path:
         return write_results_csv(self.run_dir, self.rows() if rows is None else rows)
@@ -138,6 +154,17 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _append(self, name: str, records: dict[str, Row], row: Mapping[str, Any]) -> Row:
+        if row.get("status") not in STATUSES:
+            raise ValueError(f"row: status must be one of {', '.join(STATUSES)}, got {row.get('status')!r}")
+        if not row.get("key"):
+            raise ValueError("row: key is missing")
+        clean: Row = _finite(dict(row))
+        self._write(name, clean)
+        records.pop(clean["key"], None)
+        records[clean["key"]] = clean
+        return clean
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         data = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
@@ -161,11 +188,39 @@ def read_rows(run_dir: Path) -> list[Row]:
     Raises:
         StoreError: no log there, or a line of it is not a row.
     """
-    by_key: dict[str, Row] = {}
-    for row in _read_lines(run_dir / LOG):
-        by_key.pop(row["key"], None)
-        by_key[row["key"]] = row
-    return list(by_key.values())
+    return _last_of_each_key(run_dir / LOG)
+
+
+def read_finals(run_dir: Path) -> list[Row]:
+    """The finals of a run, one per key (the last), in the order written; [] for a run without any.
+
+    Raises:
+        StoreError: a line of the log is not a record.
+    """
+    path = run_dir / FINALS
+    return _last_of_each_key(path) if path.exists() else []
+
+
+def read_sittings(run_dir: Path) -> list[dict[str, Any]]:
+    """summary.json of a run: one entry per sitting, the latest last; [] where there is none.
+
+    Each has start (UTC), environment (fingerprint), elapsed_s, new_rows, new_finals, remaining, counts, gpu_busy,
+    seconds (by stage), workers (the same by worker), stopped ("" = complete), cache_hits, cache_misses and
+    cached_share (1 = every kernel of ours was built before, None = nothing was to be built).
+
+    Raises:
+        StoreError: the file is not one of ours.
+    """
+    path = run_dir / SUMMARY
+    if not path.exists():
+        return []
+    try:
+        sittings: list[dict[str, Any]] = json.loads(path.read_text())
+        if not all(isinstance(sitting, dict) for sitting in sittings):
+            raise TypeError("expected a list of objects")
+    except (OSError, ValueError, TypeError) as error:
+        raise StoreError(f"{path}: not the summary of a run ({error})") from error
+    return sittings
 
 
 def read_environment(run_dir: Path) -> dict[str, Any]:
@@ -177,7 +232,7 @@ def read_environment(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "env.json"
     try:
         env: dict[str, Any] = json.loads(path.read_text())
-        version = env["schema_version"]
+        version = env["schema_version"] if "gpu" not in env else env.get("schema_version", 1)  # absent: the first
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: not the environment of a run ({error})") from error
     if version > SCHEMA_VERSION:
@@ -228,6 +283,14 @@ def _replace(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise StoreFull(f"{path}: cannot write ({error})") from error
+
+
+def _last_of_each_key(path: Path) -> list[Row]:
+    by_key: dict[str, Row] = {}
+    for row in _read_lines(path):
+        by_key.pop(row["key"], None)
+        by_key[row["key"]] = row
+    return list(by_key.values())
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

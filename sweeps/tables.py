@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sweeps.cases import Case
 from sweeps.registry import is_peer
@@ -110,37 +111,78 @@ def family_key(result: CaseResult) -> tuple[object, ...]:
             c.varlen, c.batch if not c.varlen else 0, c.sinks, None if c.seqlen_q == c.seqlen_k else c.seqlen_q)
 
 
-def family_configs(family: Sequence[CaseResult]) -> str:
-    """The winners over the lengths of a family: ``64x32 w4 s3`` or ``64x32 w4 s3 (1024-4096); 64x64 w4 s3 (8192)``."""
-    runs: list[tuple[str, list[str]]] = []
+def family_winners(family: Sequence[CaseResult]) -> list[tuple[str, list[CaseResult]]]:
+    """The winners' labels over the lengths of a family, neighbours with the same one joined."""
+    runs: list[tuple[str, list[CaseResult]]] = []
     for result in family:
         label = result.best.label if result.best else "no winner"
         if not runs or runs[-1][0] != label:
             runs.append((label, []))
-        runs[-1][1].append(length_label(result.case))
-    if len(runs) == 1:
-        return runs[0][0]
-    return "; ".join(f"{label} ({n[0] if len(n) == 1 else f'{n[0]}-{n[-1]}'})" for label, n in runs)
+        runs[-1][1].append(result)
+    return runs
+
+
+def lengths_span(results: Sequence[CaseResult]) -> str:
+    """``4096``, or ``1024-4096``."""
+    names = [length_label(r.case) for r in results]
+    return names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"
+
+
+def family_length(family: Sequence[CaseResult]) -> str:
+    """The lengths of a family, and its batch where that is not 1: ``1024-4096``, ``4 x 2048``."""
+    c = family[0].case
+    return (f"{c.batch} x " if c.batch > 1 and not c.varlen else "") + lengths_span(family)
+
+
+def family_configs(family: Sequence[CaseResult]) -> str:
+    """The winners over the lengths of a family: ``64x32 w4 s3`` or ``64x32 w4 s3 (1024-4096); 64x64 w4 s3 (8192)``."""
+    runs = family_winners(family)
+    return runs[0][0] if len(runs) == 1 else "; ".join(f"{label} ({lengths_span(own)})" for label, own in runs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a run says about one family: all of a case but its lengths.
+
+    Attributes:
+        family: its cases, by length.
+        speedups: the geometric mean over the lengths of each rival's time over ours, by "eager", "flash", "default".
+        clear, timed: in how many of the timed cases the winner stands alone.
+        half_width: the median half width of the winners' intervals, relative; None where nothing was timed.
+    """
+
+    family: tuple[CaseResult, ...]
+    speedups: Mapping[str, float | None]
+    clear: int
+    timed: int
+    half_width: float | None
+
+
+def answers(selection: Selection) -> list[Answer]:
+    """One per family of whole passes; of the backward's parts only where the run has no whole backward."""
+    whole = [r for r in selection.results if r.case.pass_ in ("fwd", "bwd", "fwd_bwd") and r.own_rows]
+    covered = {r.case.shape_id for r in whole if r.case.pass_ == "bwd"}
+    parts = [r for r in selection.results if r.case.pass_ in ("bwd_dq", "bwd_dkdv") and r.case.shape_id not in covered]
+    found = []
+    for family in grouped(whole + parts, family_key):
+        timed = [r for r in family if r.best]
+        widths = sorted(r.best.half_width for r in timed if r.best)
+        speedups = {name: geometric_mean([s for r in timed if (s := r.speedup(r.rivals[name])) is not None])
+                    for name in ("eager", "flash", "default")}
+        found.append(Answer(tuple(family), speedups, sum(len(r.tied) == 1 for r in timed), len(timed),
+                            widths[len(widths) // 2] if widths else None))
+    return found
 
 
 def answer_table(selection: Selection) -> str:
     """Per model, precision, window and pass: winners, mean speedups over the lengths, and how sure the choice is."""
-    whole = [r for r in selection.results if r.case.pass_ in ("fwd", "bwd", "fwd_bwd") and r.own_rows]
-    covered = {r.case.shape_id for r in whole if r.case.pass_ == "bwd"}
-    parts = [r for r in selection.results if r.case.pass_ in ("bwd_dq", "bwd_dkdv") and r.case.shape_id not in covered]
     rows = []
-    for family in grouped(whole + parts, family_key):
-        c = family[0].case
-        lengths = [length_label(r.case) for r in family]
-        timed = [r for r in family if r.best]
-        clear = sum(len(r.tied) == 1 for r in timed)
-        widths = [r.best.half_width for r in timed if r.best]
+    for a in answers(selection):
+        first, c = a.family[0], a.family[0].case
         rows.append([
-            model_label(family[0]), c.pass_, DTYPE_SHORT[c.dtype], mask_label(c),
-            lengths[0] if len(lengths) == 1 else f"{lengths[0]}-{lengths[-1]}", family_configs(family),
-            *(times(geometric_mean([s for r in timed if (s := r.speedup(r.rivals[name])) is not None]))
-              for name in ("eager", "flash", "default")),
-            f"{clear} of {len(timed)}", f"±{percent(sorted(widths)[len(widths) // 2])}" if widths else NONE])
+            model_label(first), c.pass_, DTYPE_SHORT[c.dtype], mask_label(c), family_length(a.family),
+            family_configs(a.family), *(times(s) for s in a.speedups.values()), f"{a.clear} of {a.timed}",
+            NONE if a.half_width is None else f"±{percent(a.half_width)}"])
     return markdown(["model (heads x dim)", "pass", "dtype", "mask", "length", "best block sizes", "vs eager",
                      "vs flash", "vs untuned", "clear winners", "interval"], rows, text_columns=6)
 
@@ -207,25 +249,47 @@ def _cell(result: CaseResult, impl: str, value: float | None, top: float | None)
     return statuses.pop() if len(statuses) == 1 else ("failed" if statuses else NONE)
 
 
-def failure_table(selection: Selection) -> str:
-    """Rows that are not ok, grouped by status and kind of message; what cannot run here at all comes last."""
+@dataclasses.dataclass(frozen=True)
+class FailureGroup:
+    """Rows that ended in the same way, for the same kind of reason; ``message`` is the first one's."""
+
+    status: str
+    impls: tuple[str, ...]
+    passes: tuple[str, ...]
+    message: str
+    count: int
+
+    @property
+    def harmless(self) -> bool:
+        """Nothing went wrong: it was never going to run here."""
+        return self.status in NOT_APPLICABLE
+
+
+def failure_groups(selection: Selection) -> list[FailureGroup]:
+    """Rows that are not ok, by status and kind of message; what cannot run here at all comes last."""
     groups: dict[tuple[bool, str, str], list[Row]] = {}
     for row in selection.rows:
         if row["status"] != "ok":
             kind = str(row.get("message") or "").replace(row["impl"], "")
             kind = re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", kind)[:160]
             groups.setdefault((row["status"] in NOT_APPLICABLE, row["status"], kind), []).append(row)
+    return [FailureGroup(status, tuple(impl_order(r["impl"] for r in rows)),
+                         tuple(sorted({r["pass"] for r in rows}, key=PASS_ORDER.index)),
+                         str(rows[0].get("message") or ""), len(rows))
+            for (_, status, _), rows in sorted(groups.items(), key=lambda g: (g[0][:2], -len(g[1]), g[0]))]
+
+
+def failure_table(selection: Selection) -> str:
+    """:func:`failure_groups` as a table."""
+    groups = failure_groups(selection)
     if not groups:
         return "Every trial was ok."
-    lines = []
-    for (_, status, _), rows in sorted(groups.items(), key=lambda g: (g[0][:2], -len(g[1]), g[0])):
-        passes = sorted({r["pass"] for r in rows}, key=PASS_ORDER.index)
-        lines.append([status, ", ".join(impl_order(r["impl"] for r in rows)), ", ".join(passes),
-                      _short(str(rows[0].get("message") or "")), f"{len(rows)}"])
+    lines = [[g.status, ", ".join(g.impls), ", ".join(g.passes), shorten(g.message), f"{g.count}"] for g in groups]
     return markdown(["status", "implementation", "pass", "message (of the first)", "trials"], lines, text_columns=4)
 
 
-def _short(message: str, limit: int = 200) -> str:
+def shorten(message: str, limit: int = 200) -> str:
+    """One line of at most ``limit`` characters."""
     text = " ".join(message.split())
     return text if len(text) <= limit else text[:limit - 1] + "…"
 

@@ -37,25 +37,41 @@ def measure_wall(call: Callable[[], None], *, cuda: bool, budget_ms: float = 30.
         cuda: whether it works on the current CUDA device, which is synchronised before and after each call.
         budget_ms: after this time no further call is begun, once there are ``min_calls``.
     """
-    wall_time, _ = find_wall_time()
+    clock, source = wall_clock(cuda)
     samples: list[float] = []
     begin = time.perf_counter()
+    while _again(len(samples), min_calls, begin, budget_ms):
+        samples.append(clock(call))
+    return WallResult(statistics.median(samples), len(samples), source)
+
+
+def wall_clock(cuda: bool) -> tuple[Callable[[Callable[[], None]], float], str]:
+    """A clock that performs one call and says how many milliseconds it took, and which clock that is.
+
+    Args:
+        cuda: whether calls work on the current CUDA device, which is synchronised before and after each.
+    """
+    wall_time, _ = find_wall_time()
     if wall_time is not None:
         # cuda=None would synchronise the current device even under a torch without CUDA; an empty list does not.
         timer = wall_time("flash_sink_attn.sweeps", cuda=None if cuda else [])
-        while _again(len(timer.time), min_calls, begin, budget_ms):
+
+        def profiled(call: Callable[[], None]) -> float:
             with timer:
                 call()
-        samples = list(timer.time)
-    else:
-        synchronize = _synchronize if cuda else _nothing
-        while _again(len(samples), min_calls, begin, budget_ms):
-            synchronize()
-            start = time.perf_counter()
-            call()
-            synchronize()
-            samples.append(time.perf_counter() - start)
-    return WallResult(statistics.median(samples) * 1e3, len(samples), OWN_CLOCK if wall_time is None else LM_PROFILER)
+            return float(timer.time[-1]) * 1e3
+
+        return profiled, LM_PROFILER
+    synchronize = _synchronize if cuda else _nothing
+
+    def timed(call: Callable[[], None]) -> float:
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+    return timed, OWN_CLOCK
 
 
 @functools.lru_cache(maxsize=1)

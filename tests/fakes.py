@@ -1,8 +1,9 @@
 """An implementation that does what its config says, for every way a trial can end. Loaded in the worker by dotted path.
 
 Config keys: ``do`` (default "ok"), ``n`` (tells trials apart), ``binary`` and ``shared_bytes`` (what compile returns).
-Options: ``log``, a file that gets one line per prepared trial (and beside it, as .pid, the worker's process id);
-``gone``, a reason to be unavailable; ``version``.
+Options: ``log``, a file that gets one line per prepared trial (and beside it, as .pid, or .other with the option
+``other``, the worker's process id);
+``gone``, a reason to be unavailable; ``version``; ``meet``, a folder in which the workers of a run wait for each other.
 """
 
 from __future__ import annotations
@@ -22,6 +23,22 @@ from sweeps.cases import Case
 from sweeps.implementation import Inputs, Prepared
 
 HANG_S = 600.0
+MEET_S = 120.0
+
+
+def wait_for(file: Path) -> None:
+    end = time.monotonic() + MEET_S
+    while not file.exists():
+        if time.monotonic() > end:
+            raise RuntimeError(f"nobody came to {file.name}")
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 class OutOfResources(Exception):
@@ -56,17 +73,33 @@ class Fake:
             raise RuntimeError("PassManager::run failed")
         if what == "compile_abort":
             os.abort()
+        if what == "compile_kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "compile_exit":
+            os._exit(7)
         if what == "compile_hang":
             time.sleep(HANG_S)
         resources = {"registers": 64, "spills": 0, "shared_bytes": config.get("shared_bytes", 1024)}
         return resources | {"binary": config["binary"]} if "binary" in config else {}
 
+    def _beside(self, suffix: str) -> Path:
+        """A file beside the log."""
+        return Path(self.options["log"]).with_suffix(f".{suffix}")
+
     def prepare(self, case: Case, config: Mapping[str, Any], inputs: Inputs) -> Prepared:
         if "log" in self.options:
-            Path(self.options["log"]).with_suffix(".pid").write_text(str(os.getpid()))
+            self._beside("other" if "other" in self.options else "pid").write_text(str(os.getpid()))
             with Path(self.options["log"]).open("a") as log:  # last: whoever waits for this line finds the rest written
                 log.write(f"{config.get('n')}\n")
         what = config.get("do", "ok")
+        if what == "meet":  # a peer that compiles until somebody else is in the middle of its timing
+            (Path(self.options["meet"]) / "preparing").touch()
+            wait_for(Path(self.options["meet"]) / "timing")
+        if what == "oom_beside" and not self._beside("tried").exists():  # first waits for somebody to be beside
+            self._beside("tried").touch()
+            wait_for(self._beside("other"))
+        if what == "met":
+            wait_for(Path(self.options["meet"]) / "preparing")
         if what == "out_of_resources":
             raise OutOfResources("shared memory")
         o, lse = attention_reference(inputs.q, inputs.k, inputs.v, inputs.sinks, window=inputs.window)
@@ -78,7 +111,17 @@ class Fake:
                 buffer.fill_(float("nan"))
 
         def run() -> None:
+            if "meet" in self.options:
+                with (Path(self.options["meet"]) / "runs").open("a") as file:
+                    begin = time.monotonic()
+                    time.sleep(0.005)
+                    file.write(f"{os.getpid()} {begin} {time.monotonic()}\n")
             calls.append(None)
+            if what == "met" and len(calls) > 1:  # the second call is the first one of the timing
+                time.sleep(0.02)
+                (Path(self.options["meet"]) / "timing").touch()
+            if what == "oom_beside" and is_running(int(self._beside("other").read_text())):
+                raise torch.OutOfMemoryError("CUDA out of memory: somebody else has it")
             if what == "oom":
                 torch.empty(1 << 50, device=inputs.q.device)
             if what == "runtime_error":

@@ -187,7 +187,7 @@ def test_the_options_reach_the_runner(monkeypatch: pytest.MonkeyPatch, tiny: Pat
     assert result.exit_code == 0
     assert (seen["limit_minutes"], seen["retry"], seen["compile_only"]) == (1.5, ("crashed",), False)
     assert seen["spec"].seed == 9 and seen["run_dir"] == tmp_path / "out" == seen["reported"]
-    assert [[t.impl for t in trials] for trials in seen["trials"]] == [["eager"], []]
+    assert [[t.impl for t in trials] for trials in seen["trials"]] == [["eager"], [], []]
     assert "2 ok, 1 timeout; 3 new in 5 s, device busy 50%" in result.output
 
 
@@ -285,7 +285,9 @@ def test_report_and_export_say_what_is_not_a_run(tmp_path: Path) -> None:
 def test_a_small_run_from_end_to_end(tiny: Path, tmp_path: Path) -> None:
     """The command a user types, in a process of its own, then once more to find nothing left to do."""
     out = tmp_path / "out"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    # Extended, not replaced: what is installed may be found through it.
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "160"}
     command = [sys.executable, str(ROOT / "run_sweep.py"), str(tiny)]
     done = subprocess.run(
         [*command, "--out", str(out)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300

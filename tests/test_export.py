@@ -7,9 +7,11 @@ import json
 import pytest
 
 from flash_sink_attn.config import TileConfig
+from flash_sink_attn.kernel_code import kernel_code_hash
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable, TunedTableError
 from sweeps.cases import Case
-from sweeps.export import default_path, export, merge, shape_key, table_entries
+from sweeps.environment import kernel_source_hash
+from sweeps.export import default_path, export, exported_line, merge, shape_key, table_entries
 from sweeps.select import select
 from sweeps.store import StoreError
 from tests import synthetic
@@ -27,10 +29,11 @@ def entries(rows) -> dict[tuple[str, ShapeKey], Entry]:
 def test_round_trip_from_a_run_to_a_lookup(tmp_path):
     rows = synthetic.run_rows(small=True)
     run = synthetic.write_run(tmp_path / "20260102T030405Z-h100", rows)
-    path = export(run, tmp_path / "h100.json")
-    assert path == tmp_path / "h100.json"
+    done = export(run, tmp_path / "h100.json", tolerance=0)
+    path = done.path
+    assert path == tmp_path / "h100.json" and (done.entries, done.total, done.worst) == (12, 12, 1.0)
     table = TunedTable.load(path)
-    assert table.gpu == "h100" and set(table.runs) == {"20260102T030405Z-h100"}
+    assert table.gpu == "h100" and table.arch == 90 and set(table.runs) == {"20260102T030405Z-h100"}
     facts = table.runs["20260102T030405Z-h100"]
     assert (facts["triton"], facts["kernel_source"], facts["gpu_name"]) == ("3.6.0", "aaaaaaaaaaaa", synthetic.GPU)
     assert facts["date"] == "2026-01-02T03:04:05+00:00"
@@ -49,7 +52,7 @@ def test_round_trip_from_a_run_to_a_lookup(tmp_path):
                 assert table.entry(kernel, key).measured_as == "bwd"
                 assert table.entry(kernel, key).latency_ms == pair.latency_ms
     text = path.read_text()
-    assert export(run, path).read_text() == text            # exporting again changes nothing
+    assert export(run, path, tolerance=0).path.read_text() == text            # exporting again changes nothing
     assert str(tmp_path) not in text
 
 
@@ -66,6 +69,66 @@ def test_backward_pair_goes_before_the_winners_of_its_parts():
     found = entries([dq, whole])
     assert found["bwd_dq", KEY].config == TileConfig(**PAIR["bwd_dq"])
     assert found["bwd_dkdv", KEY].config == TileConfig(**PAIR["bwd_dkdv"])
+
+
+def timed(seqlen, pass_="fwd", **ms):
+    """Rows of one case, its tiles named by letters."""
+    tiles = {"a": tile(64, 32), "b": tile(64, 64), "c": tile(128, 64)}
+    c = case("gpt-oss", pass_, seqlen, 128)
+    return [row(c, config=tiles[name], ms=time) for name, time in ms.items()]
+
+
+def test_the_fewest_configurations_within_a_percent_of_each_best():
+    rows = [*timed(1024, a=0.1000, c=0.1005, b=0.2), *timed(2048, b=0.2000, c=0.2010), *timed(4096, c=0.4, a=0.5)]
+    found = {e.key.seqlen_q: e for e in entries(rows).values()}
+    assert {e.config.BLOCK_M for e in found.values()} == {128}         # c serves all three
+    assert found[1024].latency_ms == 0.1005 and found[1024].best_ms == 0.1000
+    assert found[4096].latency_ms == found[4096].best_ms == 0.4
+    own = {e.key.seqlen_q: e for e in table_entries(select(rows), "run", 0.0)}
+    tiles = [(own[n].config.BLOCK_M, own[n].config.BLOCK_N) for n in (1024, 2048, 4096)]
+    assert tiles == [(64, 32), (64, 64), (128, 64)]
+
+
+def test_what_is_more_than_a_percent_slower_is_not_used():
+    rows = [*timed(1024, a=0.1, c=0.102), *timed(2048, c=0.2, a=0.203)]
+    assert {e.key.seqlen_q: e.config.BLOCK_M for e in entries(rows).values()} == {1024: 64, 2048: 128}
+
+
+def test_families_do_not_share_a_cover():
+    causal = case("gpt-oss", "fwd", 1024, None)
+    rows = [*timed(1024, a=0.1, c=0.1005), row(causal, config=tile(128, 64), ms=0.1)]
+    assert entries(rows)["fwd", KEY._replace(seqlen_q=1024, seqlen_k=1024)].config == TileConfig(**tile(64, 32))
+
+
+def test_a_backward_kernel_may_leave_the_winning_pair_for_one_as_fast():
+    pair = {"bwd_dq": tile(64, 32), "bwd_dkdv": tile(32, 64)}
+    rows = [*timed(1024, "bwd_dq", a=0.1, c=0.1004), row(case("gpt-oss", "bwd", 1024, 128), config=pair, ms=0.3),
+            *timed(2048, "bwd_dq", c=0.2, a=0.3)]
+    found = {(e.kernel, e.key.seqlen_q): e for e in entries(rows).values()}
+    dq = found["bwd_dq", 1024]
+    assert dq.config == TileConfig(**tile(128, 64)) and dq.measured_as == "bwd_dq"
+    assert (dq.latency_ms, dq.best_ms) == (0.1004, 0.1)
+    dkdv = found["bwd_dkdv", 1024]
+    assert dkdv.config == TileConfig(**tile(32, 64)) and (dkdv.measured_as, dkdv.latency_ms) == ("bwd", 0.3)
+
+
+def test_the_summary_of_an_export(tmp_path):
+    rows = [*timed(1024, a=0.1000, c=0.1005), *timed(2048, b=0.2000, c=0.2010)]
+    done = export(synthetic.write_run(tmp_path / "run", rows), tmp_path / "h100.json")
+    assert (done.entries, done.winners, done.chosen) == (2, 2, 1)
+    assert done.worst == pytest.approx(1.005)
+    assert "1 configurations stand for 2 that won, the largest loss 0.50%" in exported_line(done)
+
+
+def test_the_kernel_code_of_a_run_is_known_by_its_source(tmp_path):
+    def code(**facts):
+        run = synthetic.write_run(tmp_path / "run", timed(1024, a=0.1), synthetic.ENV | facts)
+        (tmp_path / "h100.json").unlink(missing_ok=True)
+        return TunedTable.load(export(run, tmp_path / "h100.json").path).runs["run"]["kernel_code"]
+
+    assert code(kernel_code="feedfeedfeed") == "feedfeedfeed"
+    assert code(kernel_source=kernel_source_hash()) == kernel_code_hash()
+    assert code(kernel_source="another") is None
 
 
 def test_only_our_own_configurations_are_exported():
@@ -105,7 +168,7 @@ def test_interpreter_runs_are_refused_unless_told(tmp_path):
     with pytest.raises(ValueError, match="interpreter"):
         export(run, tmp_path / "cpu.json")
     assert not (tmp_path / "cpu.json").exists()
-    assert TunedTable.load(export(run, tmp_path / "cpu.json", allow_interpreter=True)).gpu == "cpu"
+    assert TunedTable.load(export(run, tmp_path / "cpu.json", allow_interpreter=True).path).gpu == "cpu"
 
 
 def test_a_run_without_winners_or_no_run_is_refused(tmp_path):
@@ -118,7 +181,7 @@ def test_a_run_without_winners_or_no_run_is_refused(tmp_path):
 
 def test_rows_of_another_card_are_left_out(tmp_path):
     rows = [row(FWD, config=tile(64, 32), ms=0.1), row(FWD, config=tile(64, 64), ms=0.01) | {"gpu": "NVIDIA H200"}]
-    table = TunedTable.load(export(synthetic.write_run(tmp_path / "run", rows), tmp_path / "h100.json"))
+    table = TunedTable.load(export(synthetic.write_run(tmp_path / "run", rows), tmp_path / "h100.json").path)
     assert [e.config for e in table.entries.values()] == [TileConfig(**tile(64, 32))]
 
 

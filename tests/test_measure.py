@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from sweeps import measure, walltime
+from sweeps import measure, sensors, walltime
 from sweeps.failures import classify, message, shorten
-from sweeps.measure import CpuTimer, DeviceTimer, Sampling, Timing, median_interval, relative_half_width
+from sweeps.measure import CpuTimer, DeviceTimer, Timing, median_interval, relative_half_width
+from sweeps.sampling import Sampling
 
 
 class Machine:
@@ -89,7 +90,7 @@ class Machine:
 def simulate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], DeviceTimer]:
     def make(machine: Machine) -> DeviceTimer:
         monkeypatch.setitem(sys.modules, "torch", machine.torch())
-        monkeypatch.setattr(measure, "nvml_handle", lambda uuid, index: None)
+        monkeypatch.setattr(sensors, "nvml_handle", lambda uuid, index: None)
         monkeypatch.setattr(measure.time, "perf_counter", lambda: machine.host / 1e3)
         monkeypatch.setattr(measure.time, "sleep", lambda s: setattr(machine, "host", machine.host + s * 1e3))
         return DeviceTimer(types.SimpleNamespace(index=0, type="cuda"))  # type: ignore[arg-type]
@@ -197,10 +198,10 @@ class FakeSensors:
     def __init__(self, *throttles: int) -> None:
         self.throttles, self.reads = list(throttles), 0
 
-    def read(self) -> measure.Reading:
+    def read(self) -> sensors.Reading:
         self.reads += 1
         throttle = self.throttles.pop(0) if self.throttles else 0
-        return measure.Reading(1900.0 + self.reads, 2600.0, 500.0 + self.reads, 60.0, throttle)
+        return sensors.Reading(1900.0 + self.reads, 2600.0, 500.0 + self.reads, 60.0, throttle)
 
 
 def test_samples_under_thermal_slowdown_are_taken_again_and_a_power_cap_is_recorded(

@@ -153,6 +153,13 @@ def test_parts_asked_for_by_name() -> None:
     assert made.second_round([]) == []
 
 
+def test_peers_need_not_wait_for_the_second_round(h100: Plan) -> None:
+    opening, first, second = h100.opening(), h100.first_round(), h100.second_round([])
+    assert opening[: len(first)] == first
+    ahead = opening[len(first) :]
+    assert ahead == [trial for trial in second if is_peer(trial.impl)] and {t.case.pass_ for t in ahead} == {"bwd"}
+
+
 def test_the_second_round_combines_the_fastest_ok_tiles() -> None:
     made = plan(BASE, triton=Kernel(space=[{"BLOCK_M": n} for n in (1, 2, 3, 4)]))
     times = {1: 3.0, 2: 1.0, 3: 2.0, 4: 0.1}
@@ -302,8 +309,9 @@ def h100() -> Plan:
 
 
 def test_h100_has_its_six_hundred_trials_and_no_more_than_fit(h100: Plan) -> None:
+    """949 rows took 230 s on an H100 with 16 cores and an empty cache: 1,200 are well within the eight minutes."""
     running = sum(t.runs for t in h100.first) + sum(t.runs for whole in h100.wholes for t in whole)
-    assert 600 <= running <= 900
+    assert 600 <= running <= 1200
     assert len({t.id for t in h100.first}) == len(h100.first)
 
 
@@ -335,7 +343,8 @@ def test_h100_has_every_peer_on_the_board(h100: Plan, model: str, seqlen: int, w
 
 def test_h100_sweeps_more_than_the_board(h100: Plan) -> None:
     cases = {t.case for t in h100.first}
-    assert {c.model for c in cases} == {"gpt-oss", "qwen2.5-7b", "llama-70b", "granite", "mimo-v2-flash"}
+    assert {c.model for c in cases} == {"gpt-oss", "qwen2.5-7b", "llama-70b", "granite", "mimo-v2-flash", ""}
+    assert {c.head_dim for c in cases if not c.model} == {256}
     assert {1024, 2048, 4096, 8192, 16384} <= {c.seqlen_q for c in cases}
     assert {128, 256, 1024, None} <= {c.window for c in cases} and {c.dtype for c in cases} == {"bfloat16", "float16"}
     assert {c.varlen for c in cases} == {"", "upstream", "skewed"} and {1, 4} <= {c.batch for c in cases}

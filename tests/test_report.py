@@ -257,6 +257,8 @@ def test_report_has_the_answer_first_and_every_plot(run_dir, selection):
         assert text.count(f"](plots/{plot.name})") == 1
         image = matplotlib.image.imread(plot)
         assert image.shape[0] > 200 and image.shape[1] > 400 and image[..., :3].std() > 0.01
+    assert {p.stem for p in (run_dir / "plots").glob("*.svg")} == {p.stem for p in plots}
+    assert all("<svg" in p.with_suffix(".svg").read_text()[:600] for p in plots)
     assert "580.65.06" in text and "aaaaaaaaaaaa" in text and "interpreter" not in text
     assert (run_dir / "tables" / "failures.md").read_text().strip() == tables.failure_table(selection)
     assert not (run_dir / "tables" / "workloads.md").exists()
@@ -323,7 +325,8 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize("module", ["select", "tables", "plot_style", "heatmaps", "plots", "report"])
+@pytest.mark.parametrize("module", ["select", "tables", "plot_style", "heatmaps", "plots", "report", "overview",
+                                    "chart_data", "charts", "trial_table", "html_report", "beside", "compare"])
 def test_reporting_needs_no_gpu_library(module):
     tree = ast.parse((Path(sweeps.__file__).parent / f"{module}.py").read_text())
     names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}

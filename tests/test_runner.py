@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sweeps.registry import built_in, load
 from sweeps.spec import SweepSpec
 from sweeps.store import StoreFull, read_environment, read_rows
 from sweeps.supervisor import Supervisor
+from tests.fakes import is_running
 
 CASE = Case(pass_="fwd", dtype="bfloat16", batch=1, seqlen_q=12, seqlen_k=12, heads_q=2, heads_kv=1, head_dim=16,
             head_dim_v=16, window=4)
@@ -199,35 +200,54 @@ print(json.dumps([summary.stopped, summary.remaining, summary.new_rows]))
 """
 
 
-def start(run_dir: Path, log: Path, configs: Sequence[Mapping[str, Any]]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(run_dir), str(log), json.dumps(configs)], text=True,
-                            stdout=subprocess.PIPE, cwd=ROOT, env=environment)
+PATIENCE_S = 300.0  # for a process to get somewhere; none takes so long unless it hangs
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+class Parent:
+    """A run in a process of its own. Leaving the ``with`` ends it."""
 
+    def __init__(self, run_dir: Path, log: Path, configs: Sequence[Mapping[str, Any]], script: str = SCRIPT) -> None:
+        self.log, self._said = log, run_dir.with_name("stderr")
+        # Extended, not replaced: what is installed may be found through it.
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script, str(run_dir), str(log), json.dumps(configs)], text=True, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=self._said.open("w"), env={**os.environ, "PYTHONPATH": paths})
 
-def wait_for_line(log: Path, line: str) -> None:
-    while not log.exists() or line not in log.read_text().split():
-        time.sleep(0.02)
+    def wait_for(self, line: str) -> None:
+        """Until a trial is being prepared."""
+        self.wait_until(lambda: self.log.exists() and line in self.log.read_text().split(), f"trial {line}")
+
+    def wait_until(self, done: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not done():
+            ended = self.process.poll()
+            if time.monotonic() > end or (ended is not None and not done()):
+                raise AssertionError(f"{what} never came (exit status {ended}): {self._said.read_text()[-2000:]}")
+            time.sleep(0.02)
+
+    def result(self) -> Any:
+        """What the script printed last."""
+        out, _ = self.process.communicate(timeout=PATIENCE_S)
+        assert self.process.returncode == 0, self._said.read_text()[-2000:]
+        return json.loads(out.splitlines()[-1])
+
+    def __enter__(self) -> Parent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def test_a_parent_killed_by_force_loses_nothing_and_does_nothing_twice(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "prepared"
     slow = [{"n": 0}, {"n": 1}, {"n": 2, "do": "slow_once"}, {"n": 3}]
-    process = start(run_dir, log, slow)
-    wait_for_line(log, "2")
-    process.kill()
-    process.wait()
+    with Parent(run_dir, log, slow) as parent:
+        parent.wait_for("2")
     worker = int(log.with_suffix(".pid").read_text())
-    for _ in range(1000):  # it must not hold the GPU when nobody wants its work
-        if not is_running(worker):
-            break
+    end = time.monotonic() + PATIENCE_S
+    while is_running(worker) and time.monotonic() < end:  # it must not hold the GPU when nobody wants its work
         time.sleep(0.02)
     assert not is_running(worker)
     assert [row["config"]["n"] for row in read_rows(run_dir)] == [0, 1]
@@ -251,11 +271,10 @@ def test_a_trial_that_ended_two_runs_is_not_tried_a_third_time(tmp_path: Path) -
 
 def test_ctrl_c_finishes_the_running_trial_and_writes_the_tables(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "prepared"
-    process = start(run_dir, log, [{"n": 0}, {"n": 1, "do": "sleep", "seconds": 0.3}, {"n": 2}, {"n": 3}])
-    wait_for_line(log, "1")
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate()
-    assert process.returncode == 0 and json.loads(out.splitlines()[-1]) == ["interrupted", 2, 2]
+    with Parent(run_dir, log, [{"n": 0}, {"n": 1, "do": "sleep", "seconds": 0.3}, {"n": 2}, {"n": 3}]) as parent:
+        parent.wait_for("1")
+        parent.process.send_signal(signal.SIGINT)
+        assert parent.result() == ["interrupted", 2, 2]
     with (run_dir / "results.csv").open() as file:
         assert [row["status"] for row in csv.DictReader(file)] == ["ok", "ok"]
 

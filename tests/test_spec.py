@@ -10,8 +10,8 @@ import pytest
 from flash_sink_attn.config import TileConfig
 from sweeps.cases import PASSES, Case
 from sweeps.expand import expand
-from sweeps.measure import Sampling
 from sweeps.presets import MODELS, VARLEN
+from sweeps.sampling import Sampling
 from sweeps.spec import Grid, SweepSpec, Timing
 from sweeps.specfile import SpecError, dump_spec, load_spec, parse_spec
 
@@ -169,6 +169,7 @@ def test_grids_multiply_and_lists_of_grids_add() -> None:
         "SPLIT_LOOPS": True,
         "maxnreg": None,
         "TMA": False,
+        "REGISTER_A": False,
     }
     assert sweep.tunables.bwd_dq is None
 
@@ -364,6 +365,8 @@ def test_shipped_configs_name_their_cards() -> None:
         "h100": "H100",
         "h200": "H200",
         "h20": "H20",
+        "heldout": "H100",
+        "repeat": "H100",
     }
     assert [name for name, d in devices.items() if not d.measured] == ["h20"]
 

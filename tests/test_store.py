@@ -20,7 +20,9 @@ from sweeps.store import (
     StoreFull,
     new_run_dir,
     read_environment,
+    read_finals,
     read_rows,
+    read_sittings,
     write_results_csv,
 )
 
@@ -116,6 +118,80 @@ def test_disk_full_leaves_the_log_at_the_last_whole_row(
         assert store.done_keys() == {"a"}
         store.append(row("b"))
     assert [r["key"] for r in read_rows(tmp_path)] == ["a", "b"]
+
+
+FILL = """
+import resource, signal, sys
+from pathlib import Path
+from sweeps.store import Store, StoreFull
+run_dir, limit = Path(sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+written = 0
+with Store(run_dir) as store:
+    try:
+        while written < 10000:
+            store.append({"key": str(written), "status": "ok", "samples_ms": [0.125] * 50})
+            written += 1
+    except StoreFull as error:
+        print(written, "resumed" in str(error))
+"""
+
+
+@pytest.mark.parametrize("limit", [4096, 5000])
+def test_a_file_that_can_really_grow_no_further_ends_with_its_last_whole_row(tmp_path: Path, limit: int) -> None:
+    """The system cuts the row that reaches the limit, as it does on a full disk."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", FILL, str(tmp_path), str(limit)], capture_output=True, text=True,
+                          env=env, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    written, says = done.stdout.split()
+    log = (tmp_path / "trials.jsonl").read_bytes()
+    assert 5 < int(written) < 10000 and says == "True"
+    assert len(log) <= limit and log.endswith(b"}\n") and len(log) + len(log) // int(written) >= limit - 10
+    assert [r["key"] for r in read_rows(tmp_path)] == [str(n) for n in range(int(written))]
+    with Store(tmp_path) as store:  # there is room again
+        store.append(row("more"))
+    assert len(read_rows(tmp_path)) == int(written) + 1
+
+
+def test_finals_have_a_log_of_their_own_with_the_same_rules(tmp_path: Path) -> None:
+    assert read_finals(tmp_path) == []  # a run of before there were any
+    with Store(tmp_path) as store:
+        store.start("f", "final")
+        assert store.starts_without_row("f") == 1
+        store.append_final({"key": "f", "status": "crashed", "entrants": [{"latency_ms": float("inf")}]})
+        assert store.starts_without_row("f") == 0 and store.rows() == []
+        store.append_final({"key": "g", "status": "ok"})
+        store.append_final({"key": "f", "status": "ok"})
+        with pytest.raises(ValueError, match="status must be one of"):
+            store.append_final({"key": "f", "status": "lost"})
+    with (tmp_path / "finals.jsonl").open("ab") as file:
+        file.write(b'{"key":"h","sta')
+    assert [(r["key"], r["status"]) for r in read_finals(tmp_path)] == [("g", "ok"), ("f", "ok")]
+    with Store(tmp_path) as store:
+        assert [r["key"] for r in store.finals()] == ["g", "f"]
+    first = json.loads((tmp_path / "finals.jsonl").read_text().splitlines()[0])
+    assert first["entrants"] == [{"latency_ms": None}] and (tmp_path / "finals.jsonl").read_text().count("\n") == 3
+
+
+def test_sittings_add_up_and_a_full_disk_takes_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_sittings(tmp_path) == []
+    with Store(tmp_path) as store:
+        store.add_sitting({"start": "a", "gpu_busy": 0.5})
+    with Store(tmp_path) as store:
+        store.add_sitting({"start": "b", "gpu_busy": float("nan")})
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(StoreFull, match=r"summary\.json"):
+            store.add_sitting({"start": "c"})
+    assert read_sittings(tmp_path) == [{"start": "a", "gpu_busy": 0.5}, {"start": "b", "gpu_busy": None}]
+    monkeypatch.undo()
+    (tmp_path / "summary.json").write_text('["no"]')
+    with pytest.raises(StoreError, match=r"summary\.json: not the summary of a run"):
+        Store(tmp_path)  # before anything is measured, not after
 
 
 def test_two_runs_cannot_write_one_directory(tmp_path: Path) -> None:

@@ -1,0 +1,266 @@
+"""Whether our device time is the hardware's: the same calls by our events, by CUPTI and by Nsight Compute.
+
+Ours is a pair of CUDA events around a call. CUPTI (through torch.profiler) and Nsight Compute give each kernel's own
+duration; of a call of several kernels they are summed, so that the gaps between kernels are in ours and not in theirs:
+CUPTI's span, from the first kernel's start to the last one's end, has them. All three see a flushed L2 cache, and all
+are taken after the same calls at full load, in turn, since a card under its power cap drifts.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sweeps.measure import Call, DeviceTimer, spin_for
+from sweeps.subjects import SMALLEST, SUBJECTS, heat
+
+RELATIVE, ABSOLUTE_MS = 0.02, 0.001     # device time agrees within the larger of these
+ROUNDS = 3
+NCU_CALLS = 7
+_ROUND_MS = 60.0
+_SPIN_KERNEL = "spin_kernel"
+_GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
+_UNITS_MS = {"ns": 1e-6, "nsecond": 1e-6, "us": 1e-3, "usecond": 1e-3, "ms": 1.0, "msecond": 1.0, "s": 1e3,
+             "second": 1e3}
+_METRIC = "gpu__time_duration.sum"
+_NCU_TIMEOUT_S = 180.0
+
+Profile = Callable[[Call], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """One call by all clocks; medians in milliseconds, None = not measured.
+
+    Attributes:
+        name: of ``sweeps.subjects.SUBJECTS``.
+        ours_ms, graph_ms: by our events, launched and as a replayed CUDA graph.
+        profiled_ms: by our events while CUPTI was watching the same launches.
+        cupti_ms, cupti_span_ms: the kernels' summed durations; from the first one's start to the last one's end.
+        ncu_ms: the kernels' summed durations by Nsight Compute.
+        kernels: of one call.
+        samples: of ours.
+        note: why a value is missing, "" = none is.
+    """
+
+    name: str
+    ours_ms: float
+    graph_ms: float | None
+    profiled_ms: float
+    cupti_ms: float
+    cupti_span_ms: float
+    ncu_ms: float | None
+    kernels: int
+    samples: int
+    note: str = ""
+
+    def agrees(self, zero_ms: float = 0.0) -> bool:
+        """Whether ours, less ``zero_ms``, is within 2% or 1 us of CUPTI, and of Nsight Compute where it was asked."""
+        return all(abs(self.ours_ms - zero_ms - theirs) <= max(RELATIVE * theirs, ABSOLUTE_MS)
+                   for theirs in (self.cupti_ms, self.ncu_ms) if theirs is not None)
+
+    def row(self, zero_ms: float) -> dict[str, Any]:
+        """A line of agreement.csv."""
+        row = {"call": self.name} | {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+                                     if f.name not in ("name", "note")}
+        for name, theirs in (("cupti", self.cupti_ms), ("cupti_span", self.cupti_span_ms), ("ncu", self.ncu_ms)):
+            row |= {f"minus_{name}_us": None if theirs is None else 1e3 * (self.ours_ms - theirs),
+                    f"minus_{name}_pct": None if theirs is None else 100 * (self.ours_ms / theirs - 1)}
+        return row | {"agrees": self.agrees(), "agrees_less_zero": self.agrees(zero_ms), "note": self.note}
+
+
+# ---- CUPTI
+
+
+def calls_of(trace: Mapping[str, Any]) -> list[list[tuple[float, float]]]:
+    """(start, duration) in ms of the device's work in each call of a torch.profiler trace.
+
+    A call follows a spinning kernel; the flush before the next spin is not part of it, nor is what comes before the
+    first.
+    """
+    events = sorted((float(e["ts"]), float(e["dur"]), str(e["name"])) for e in trace["traceEvents"]
+                     if e.get("ph") == "X" and e.get("cat") in _GPU_EVENTS)
+    spins = [n for n, (_, _, name) in enumerate(events) if _SPIN_KERNEL in name]
+    ends = [*(following - 1 for following in spins[1:]), len(events)][:len(spins)]
+    return [[(start / 1e3, duration / 1e3) for start, duration, _ in events[spin + 1:end]]
+            for spin, end in zip(spins, ends, strict=True)]
+
+
+def cupti_profile(work: Call) -> Mapping[str, Any]:
+    """The trace of what ``work`` did on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            work()
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        found: Mapping[str, Any] = json.loads(path.read_text())
+        return found
+
+
+# ---- Nsight Compute
+
+
+def ncu_command(name: str, count: int) -> list[str]:
+    """Nsight Compute over one subject, with neither its clock control nor its cache control."""
+    return ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--metrics", _METRIC, "--clock-control", "none",
+            "--cache-control", "none", "--profile-from-start", "off", sys.executable, "-m", "sweeps.subjects", name,
+            str(count)]
+
+
+def ncu_calls_ms(text: str, count: int) -> list[float]:
+    """Milliseconds of each of ``count`` calls, its kernels summed, from Nsight Compute's CSV.
+
+    Raises:
+        ValueError: the text has no such table, or its kernels do not divide among the calls.
+    """
+    lines = text.splitlines()
+    start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        raise ValueError(f"no table in Nsight Compute's output: {' '.join(text.split())[-300:]}")
+    units, *rows = csv.DictReader(io.StringIO("\n".join(lines[start:])))
+    if _METRIC not in units or units[_METRIC] not in _UNITS_MS:
+        raise ValueError(f"Nsight Compute's table has no {_METRIC} in a known unit, got {units.get(_METRIC)!r}")
+    times = [float(row[_METRIC].replace(",", "")) * _UNITS_MS[units[_METRIC]] for row in rows if row.get(_METRIC)]
+    size = len(times) // count
+    if not times or size * count != len(times):
+        raise ValueError(f"Nsight Compute saw {len(times)} kernels in {count} calls")
+    return [sum(times[n:n + size]) for n in range(0, len(times), size)]
+
+
+def ncu_ms(name: str) -> tuple[float | None, str]:
+    """The median by Nsight Compute, or None and why."""
+    paths = os.pathsep.join([str(Path(__file__).resolve().parent.parent), *(path for path in sys.path if path)])
+    try:
+        done = subprocess.run(ncu_command(name, NCU_CALLS), capture_output=True, text=True, timeout=_NCU_TIMEOUT_S,
+                              env={**os.environ, "PYTHONPATH": paths})
+        return statistics.median(ncu_calls_ms(done.stdout, NCU_CALLS)), ""
+    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
+        return None, f"ncu: {str(error)[:300]}"
+
+
+# ---- the comparison
+
+
+def compare(name: str, call: Call, timer: DeviceTimer, profile: Profile = cupti_profile,
+            ncu: Callable[[str], tuple[float | None, str]] | None = None) -> Agreement:
+    """One call by all clocks, in turn.
+
+    Args:
+        call: has run before.
+        profile: CUPTI's view of some work, as a torch.profiler trace.
+        ncu: Nsight Compute's view of the subject, None = not asked.
+
+    Raises:
+        ValueError: CUPTI saw no kernel of the call.
+    """
+    host_ms, call_ms = timer.warm_up(call, 5.0)
+    spin_ms = spin_for(3 * host_ms) + 0.3  # a profiler makes queueing slower
+    count = max(5, min(30, int(_ROUND_MS / (call_ms + spin_ms))))
+    replay = timer.capture(call)
+    ours: list[float] = []
+    graph: list[float] = []
+    profiled: list[float] = []
+    kernels: list[list[tuple[float, float]]] = []
+
+    def take(timed: Call, into: list[float]) -> None:
+        heat(timer, timed)
+        samples, _ = timer.batch([timed] * count, spin_ms)
+        into += [ms for ms, late in samples if not late]
+
+    for _ in range(ROUNDS):
+        take(call, ours)
+        if replay is not None:
+            take(replay, graph)
+        kernels += calls_of(profile(lambda: take(call, profiled)))
+    if not ours or not profiled or not kernels or not all(kernels):
+        raise ValueError(f"{name}: expected kernels in every call and the host ahead of the device, got {len(ours)} "
+                         f"samples of ours, {len(kernels)} calls seen by CUPTI")
+    by_ncu, note = ncu(name) if ncu else (None, "")
+    return Agreement(
+        name, statistics.median(ours), statistics.median(graph) if graph else None, statistics.median(profiled),
+        statistics.median(sum(ms for _, ms in own) for own in kernels),
+        statistics.median(own[-1][0] + own[-1][1] - own[0][0] for own in kernels), by_ncu,
+        statistics.mode(map(len, kernels)), len(ours), note)
+
+
+def zero_ms(timer: DeviceTimer) -> float:
+    """What a pair of events shows around nothing at all; milliseconds."""
+    samples, _ = timer.batch([lambda: None] * 30, spin_for(0.0))
+    return statistics.median(ms for ms, _ in samples)
+
+
+def run_agreement(timer: DeviceTimer, device: Any, *, ncu: bool, names: Iterable[str] = SUBJECTS,
+                  say: Callable[[str], None] = print) -> tuple[list[Agreement], float]:
+    """Every subject by all clocks, and what a pair of events shows around nothing.
+
+    Args:
+        ncu: ask Nsight Compute as well; it is started once per subject.
+        say: told what comes next.
+    """
+    import torch
+
+    cupti_profile(lambda: torch.cuda.synchronize(device))  # the first profile pays for loading CUPTI
+    found = []
+    for name in names:
+        say(name)
+        call = SUBJECTS[name](device)
+        call()
+        found.append(compare(name, call, timer, ncu=ncu_ms if ncu else None))
+        del call
+        torch.cuda.empty_cache()
+    return found, zero_ms(timer)
+
+
+def write_agreement(folder: Path, found: Sequence[Agreement], zero: float, facts: Mapping[str, Any]) -> None:
+    """Writes agreement.csv and agreement.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [one.row(zero) for one in found]
+    with (folder / "agreement.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "agreement.md").write_text(markdown(found, zero, facts))
+
+
+def markdown(found: Sequence[Agreement], zero: float, facts: Mapping[str, Any]) -> str:
+    """The comparison as text."""
+    judged = [one for one in found if one.name != SMALLEST]
+    small = next((one for one in found if one.name == SMALLEST), None)
+    lines = [
+        "# Device time beside the hardware's", "",
+        ", ".join(f"{name} {value}" for name, value in facts.items() if value), "",
+        f"{sum(one.agrees() for one in judged)} of {len(judged)} calls agree within 2% or 1 us with the kernels' own "
+        f"durations; less the {1e3 * zero:.2f} us that a pair of events shows around nothing, "
+        f"{sum(one.agrees(zero) for one in judged)} do."]
+    if small is not None:
+        lines += ["", f"Around the smallest kernel ({small.name}) a pair of events shows {1e3 * small.ours_ms:.2f} us, "
+                  f"of which the kernel is {1e3 * small.cupti_ms:.2f} us."]
+    lines += ["", "us; the difference is ours less theirs. A call of several kernels has gaps, which are in ours and "
+              "in CUPTI's span only.", "",
+              "| call | kernels | ours | graph | CUPTI | span | ncu | to CUPTI | to span | to ncu | |",
+              "| --- " + "| ---: " * 9 + "| --- |"]
+    for one in found:
+        def us(ms: float | None) -> str:
+            return "" if ms is None else f"{1e3 * ms:.2f}"
+
+        def difference(theirs: float | None, ours: float = one.ours_ms) -> str:
+            return "" if theirs is None else f"{1e3 * (ours - theirs):+.2f} ({100 * (ours / theirs - 1):+.2f}%)"
+
+        verdict = "offset" if one.name == SMALLEST else "agrees" if one.agrees() else "**differs**"
+        lines.append(f"| {one.name} | {one.kernels} | {us(one.ours_ms)} | {us(one.graph_ms)} | {us(one.cupti_ms)} | "
+                     f"{us(one.cupti_span_ms)} | {us(one.ncu_ms)} | {difference(one.cupti_ms)} | "
+                     f"{difference(one.cupti_span_ms)} | {difference(one.ncu_ms)} | {verdict} |")
+    notes = list(dict.fromkeys(f"{one.name}: {one.note}" for one in found if one.note))
+    return "\n".join([*lines, *(["", *(f"- {note}" for note in notes)] if notes else [])]) + "\n"

@@ -1,0 +1,361 @@
+"""Finals: the candidates that the first pass could not tell apart, timed against each other in the same moments.
+
+A block is every entrant once, in random order, each sampled as in the first pass (flushed, behind a spin). What drifts,
+clocks and heat, is the same for all of a block and drops out of their ratios (:mod:`sweeps.paired`). The contest is
+looked at after 8, 12, 18, ... blocks; who is slower by then drops out, and it ends when one is left, or when those that
+are left are as good as each other, known precisely enough, or out of time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from sweeps.cases import PASSES, Case
+from sweeps.energy import Energy
+from sweeps.measure import (
+    BATCH_MS,
+    CPU_SAMPLES,
+    HOST_BOUND_NOTE,
+    INTERPRETER_NOTE,
+    MAX_SPIN_MS,
+    Call,
+    CpuTimer,
+    median_interval,
+    spin_for,
+)
+from sweeps.paired import MIN_PAIRS, Standing, standing
+from sweeps.plan import PARTS, Plan, Trial
+from sweeps.registry import is_peer
+from sweeps.sampling import FinalSampling
+from sweeps.sensors import Reading, summary
+from sweeps.spec import Finals, Timing
+from sweeps.walltime import wall_clock
+
+__all__ = ["Final", "FinalSampling", "FinalTiming", "final_sampling", "finals_round", "time_finalists"]
+
+_GROWTH = 1.5           # of the blocks from one look to the next
+_MAX_CHUNK = 30         # samples queued at a time
+_MAX_RETAKES = 3
+_COOLING_S = 0.1
+_LATE_SHARE = 0.5       # of blocks in which the host came late: more make the spin longer
+_WALL_WITHIN = 0.03     # a candidate whose wall time is below the fastest one's by more than this goes on as well
+_MIN_WALL_BLOCKS = MIN_PAIRS
+
+
+@dataclasses.dataclass(frozen=True)
+class Final:
+    """One case and those who run for it.
+
+    Attributes:
+        case: the workload.
+        entrants: the candidates, the fastest of the first pass first. A single one is there for its energy only.
+    """
+
+    case: Case
+    entrants: tuple[Trial, ...]
+
+    @property
+    def id(self) -> str:
+        """Stable: the case, and a hash of the entrants' trial ids, whose order plays no part."""
+        names = "\n".join(sorted(entrant.id for entrant in self.entrants))
+        return f"{self.case.id}/final-{hashlib.sha256(names.encode()).hexdigest()[:10]}"
+
+    @property
+    def seed(self) -> int:
+        """Of the blocks' random order."""
+        return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:4], "big")
+
+    def sampling(self, base: FinalSampling) -> FinalSampling:
+        """``base`` for this case: a part of a backward has no energy of its own, since nobody calls it alone."""
+        return dataclasses.replace(base, energy_ms=0.0) if self.case.pass_ in PARTS else base
+
+
+def final_sampling(timing: Timing) -> FinalSampling:
+    """What the config says about finals, in the form that goes to the worker."""
+    return FinalSampling(**{f.name: getattr(timing.finals, f.name) for f in dataclasses.fields(FinalSampling)})
+
+
+# ---- who goes on
+
+
+def finals_round(rows: Iterable[Mapping[str, Any]], plan: Plan) -> list[Final]:
+    """Who goes on, shape by shape.
+
+    Of every case of the plan: the candidates of ours whose interval overlaps the fastest one's or whose time is within
+    ``timing.finals.within`` of it, at most ``max_entrants``; the untuned default takes the last place rather than miss
+    it; and whoever is quicker by wall time than the fastest by device time. Who is alone then goes on where the energy
+    of a whole pass is wanted.
+
+    Args:
+        rows: rows of the log; those of the environment of the last one count.
+
+    Returns:
+        [] where finals are off, and on a machine without a GPU unless the config turns them on.
+    """
+    found = [row for row in rows if not is_peer(row["impl"])]
+    settings = plan.spec.timing.finals
+    if settings.enabled is False or not found or (settings.enabled is None and found[-1]["gpu"] == "cpu"):
+        return []
+    timed: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in found:
+        if row["environment"] == found[-1]["environment"]:
+            of_case = timed.setdefault(row["case"], {})
+            of_case.pop(row["trial"], None)
+            if row["status"] == "ok" and row.get("latency_ms") is not None:
+                of_case[row["trial"]] = row
+    cases = {trial.case.id: trial.case for trial in plan.first} | {
+        trial.case.id: trial.case for whole in plan.wholes for trial in whole}
+    shapes = list(dict.fromkeys(case.shape_id for case in cases.values()))
+    finals = []
+    for case in sorted(cases.values(), key=lambda c: (shapes.index(c.shape_id), PASSES.index(c.pass_))):
+        entrants = _entrants(list(timed.get(case.id, {}).values()), settings)
+        wants_energy = settings.energy_ms > 0 and case.pass_ not in PARTS and found[-1]["gpu"] != "cpu"
+        if len(entrants) > 1 or (entrants and wants_energy):
+            finals.append(Final(case, tuple(_trial(case, row) for row in entrants)))
+    return finals
+
+
+def _trial(case: Case, row: Mapping[str, Any]) -> Trial:
+    return Trial(case, row["impl"], row["config"], row.get("options") or {}, is_default=bool(row.get("is_default")))
+
+
+def _entrants(rows: list[Mapping[str, Any]], settings: Finals) -> list[Mapping[str, Any]]:
+    """Of the timed rows of a case those that go on, the fastest first."""
+    distinct: dict[Any, Mapping[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: (not row["config"], row["latency_ms"], row["trial"])):
+        distinct.setdefault((row["impl"], row.get("binary") or row["trial"]), row)  # {} only where nobody names it
+    ranked = sorted(distinct.values(), key=lambda row: (row["latency_ms"], row["trial"]))
+    if not ranked:
+        return []
+    best = ranked[0]
+    bound = max(best["latency_ms"] * (1 + settings.within), _interval(best)[1])
+    near = [row for row in ranked if row["latency_ms"] <= bound or _interval(row)[0] <= _interval(best)[1]]
+    chosen = near[:settings.max_entrants]
+    default = next((row for row in near if row.get("is_default")), None)
+    if default is not None and default not in chosen:
+        chosen[-1] = default
+    quick = min((row for row in ranked if row.get("wall_ms")), key=lambda row: (row["wall_ms"], row["trial"]),
+                default=None)
+    if (quick is not None and quick not in chosen and best.get("wall_ms")
+            and quick["wall_ms"] < best["wall_ms"] * (1 - _WALL_WITHIN)):
+        chosen = [*chosen[:settings.max_entrants - 1], quick]
+    return chosen
+
+
+def _interval(row: Mapping[str, Any]) -> tuple[float, float]:
+    samples = row.get("samples_ms") or [row["latency_ms"]]
+    return median_interval(samples) or (min(samples), max(samples))
+
+
+# ---- the contest
+
+
+class BlockTimer(Protocol):
+    """What of a timer the contest needs; see :class:`sweeps.measure.DeviceTimer`."""
+
+    capture_failed: bool
+
+    def warm_up(self, call: Call, warmup_ms: float) -> tuple[float, float]: ...
+
+    def batch(self, calls: Sequence[Call], spin_ms: float) -> tuple[list[tuple[float, bool]], Reading | None]: ...
+
+    def energy(self, call: Call, duration_ms: float) -> Energy | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FinalTiming:
+    """Samples of a contest and how they came about. Times in milliseconds; lists are in the order of the calls.
+
+    Attributes:
+        samples_ms: per entrant, block by block; one that dropped out has fewer. Equal positions are of one block.
+        standing: how it ended.
+        stop_reason: "winner" (all others are slower), "tie" (those left are as good as each other), "precision",
+            "time", "samples", or "alone" (nobody to compare with).
+        mode: "spin", "host_bound" or "cpu".
+        note: what a reader must know about the times, "" = nothing.
+        host_ms: what the host needs to queue each call.
+        wall_samples_ms: per entrant, what a caller waits, block by block; empty where not asked for.
+        wall_source: which clock took them, "" = none did.
+        energy: of those that may be chosen; None for the others and where the card does not tell.
+        late_blocks, retaken_blocks: thrown away because the host came late, or heat held the card back.
+        readings: the sensors, chunk by chunk.
+        seed: of the random order.
+        tie_margin: by how much rivals may differ and still be as good as each other.
+        tainted: the process should be replaced, because a failed graph capture may have left traces.
+    """
+
+    samples_ms: tuple[tuple[float, ...], ...]
+    standing: Standing
+    stop_reason: str
+    mode: str
+    note: str
+    host_ms: tuple[float, ...]
+    wall_samples_ms: tuple[tuple[float, ...], ...]
+    wall_source: str
+    energy: tuple[Energy | None, ...]
+    late_blocks: int
+    retaken_blocks: int
+    readings: tuple[Reading, ...]
+    seed: int
+    tie_margin: float
+    tainted: bool = False
+
+    def row_fields(self) -> dict[str, Any]:
+        """The record's fields, JSON-able. ``entrants`` has one dict per call, in their order."""
+        entrants = []
+        for n, samples in enumerate(self.samples_ms):
+            own, walls, energy = self.standing.ratios[n], self.wall_samples_ms[n], self.energy[n]
+            entrants.append({
+                "samples_ms": [round(ms, 6) for ms in samples], "samples": len(samples),
+                "latency_ms": statistics.median(samples), "ratio": own.ratio, "ratio_low": own.low,
+                "ratio_high": own.high, "tied": n in self.standing.tied, "host_ms": self.host_ms[n],
+                "wall_ms": statistics.median(walls) if walls else None,
+                "wall_samples_ms": [round(ms, 6) for ms in walls],
+                **(energy.fields() if energy else {"energy_j": None})})
+        described = summary(self.readings)
+        return {"entrants": entrants, "stop_reason": self.stop_reason, "blocks": max(map(len, self.samples_ms)),
+                "timing": self.mode, "note": self.note, "wall_source": self.wall_source, "seed": self.seed,
+                "tie_margin": self.tie_margin,
+                "late_blocks": self.late_blocks, "retaken_blocks": self.retaken_blocks,
+                **described, "throttle": list(described["throttle"])}
+
+
+def time_finalists(timer: BlockTimer, calls: Sequence[Call], sampling: FinalSampling, seed: int) -> FinalTiming:
+    """Times every call in randomised blocks until it is known which is the fastest.
+
+    Args:
+        timer: of the device, ``sweeps.measure.timer_for``. The interpreter's takes two blocks, which decide nothing.
+        calls: at least one; each has run before.
+        sampling: when to stop.
+        seed: of the random order.
+
+    Raises:
+        ValueError: no calls.
+    """
+    if not calls:
+        raise ValueError("calls: expected at least one, got none")
+    if isinstance(timer, CpuTimer):
+        sampling = dataclasses.replace(sampling, max_blocks=CPU_SAMPLES, wall_ms=0.0, energy_ms=0.0)
+    contest = _Contest(timer, calls, sampling, seed)
+    reason = contest.run()
+    ended = standing(contest.samples, sampling.tie_margin)
+    mode, note = ("host_bound", HOST_BOUND_NOTE) if contest.host_bound else ("spin", "")
+    if isinstance(timer, CpuTimer):
+        mode, note = "cpu", INTERPRETER_NOTE
+    walls, source = _wall_blocks(calls, sampling, seed)
+    energy = tuple(timer.energy(call, sampling.energy_ms)
+                   if sampling.energy_ms > 0 and n in ended.tied and ended.ratios[n].ratio <= 1 + sampling.tie_margin
+                   else None for n, call in enumerate(calls))
+    return FinalTiming(tuple(map(tuple, contest.samples)), ended, reason, mode, note, contest.host_ms, walls, source,
+                       energy, contest.late, contest.retaken, tuple(contest.readings), seed,
+                       sampling.tie_margin, timer.capture_failed)
+
+
+class _Contest:
+    def __init__(self, timer: BlockTimer, calls: Sequence[Call], sampling: FinalSampling, seed: int) -> None:
+        self._timer, self._calls, self._sampling = timer, calls, sampling
+        self._random = random.Random(seed)
+        warm = [timer.warm_up(call, sampling.warmup_ms) for call in calls]
+        self.host_ms = tuple(host for host, _ in warm)
+        self._call_ms = [total for _, total in warm]
+        self._spin_ms = spin_for(max(self.host_ms))
+        self._active = list(range(len(calls)))
+        self.samples: list[list[float]] = [[] for _ in calls]
+        self.readings: list[Reading] = []
+        self.late = self.retaken = self._retakes = 0
+        self.host_bound = False
+
+    @property
+    def _blocks(self) -> int:
+        return len(self.samples[self._active[0]])
+
+    def run(self) -> str:
+        """Takes blocks until one of the reasons to stop holds; returns it."""
+        look = min(MIN_PAIRS, self._sampling.max_blocks)
+        begin = time.perf_counter()
+        while True:
+            self._chunk(look - self._blocks)
+            elapsed_ms = (time.perf_counter() - begin) * 1e3
+            out_of_time = self._blocks > 0 and elapsed_ms > self._sampling.max_ms * (
+                1 if self._blocks >= MIN_PAIRS else 4 if self._blocks >= 3 else 16)
+            if self._blocks < look and not out_of_time:
+                continue
+            if len(self._calls) == 1:
+                return "alone"
+            if reason := self._look():
+                return reason
+            if out_of_time:
+                return "time"
+            if look >= self._sampling.max_blocks:
+                return "samples"
+            look = min(self._sampling.max_blocks, int(look * _GROWTH))
+
+    def _look(self) -> str:
+        """Drops who is slower; returns why the contest is over, "" = it is not."""
+        if self._blocks < MIN_PAIRS:
+            return ""
+        now = standing(self.samples, self._sampling.tie_margin)
+        if not self._sampling.race:
+            widest = max(own.half_width for own in now.ratios)
+            return "precision" if widest <= self._sampling.precision else ""
+        self._active = [n for n in self._active if n in now.tied]
+        if len(now.tied) == 1:
+            return "winner"
+        if now.decided:
+            return "tie"
+        return "precision" if now.half_width <= self._sampling.precision else ""
+
+    def _chunk(self, wanted: int) -> None:
+        """Takes some blocks, at most those wanted; whole ones that count are added."""
+        block_ms = sum(self._call_ms[n] + self._spin_ms + 0.1 for n in self._active)
+        size = len(self._active)
+        count = max(1, min(wanted, int(BATCH_MS / block_ms), _MAX_CHUNK // size))
+        order = [n for _ in range(count) for n in self._random.sample(self._active, size)]
+        timed, reading = self._timer.batch([self._calls[n] for n in order], self._spin_ms)
+        if reading and reading.slowed and self._retakes < _MAX_RETAKES:
+            self._retakes += 1
+            self.retaken += count
+            time.sleep(_COOLING_S)
+            return
+        blocks = [list(zip(order[i:i + size], timed[i:i + size], strict=True)) for i in range(0, len(order), size)]
+        in_time = [block for block in blocks if self.host_bound or not any(late for _, (_, late) in block)]
+        self.late += len(blocks) - len(in_time)
+        if len(in_time) < _LATE_SHARE * len(blocks):
+            self._wait_longer()
+            return
+        if reading:
+            self.readings.append(reading)
+        for block in in_time:
+            for n, (ms, _) in block:
+                self.samples[n].append(ms)
+
+    def _wait_longer(self) -> None:
+        """More time for the host to queue a call; where no time is enough, all samples are taken anew as they come."""
+        if self._spin_ms < MAX_SPIN_MS:
+            self._spin_ms = min(2 * self._spin_ms, MAX_SPIN_MS)
+            return
+        self.host_bound, self._spin_ms = True, 0.1
+        self._active = list(range(len(self._calls)))
+        self.samples = [[] for _ in self._calls]
+
+
+def _wall_blocks(calls: Sequence[Call], sampling: FinalSampling,
+                 seed: int) -> tuple[tuple[tuple[float, ...], ...], str]:
+    """Wall time of every entrant in randomised blocks, and the clock that took it."""
+    samples: list[list[float]] = [[] for _ in calls]
+    if sampling.wall_ms <= 0 or len(calls) == 1:
+        return tuple(map(tuple, samples)), ""
+    clock, source = wall_clock(cuda=True)
+    shuffle = random.Random(seed)
+    begin = time.perf_counter()
+    while len(samples[0]) < _MIN_WALL_BLOCKS or (
+            len(samples[0]) < sampling.max_blocks and (time.perf_counter() - begin) * 1e3 < sampling.wall_ms):
+        for n in shuffle.sample(range(len(calls)), len(calls)):
+            samples[n].append(clock(calls[n]))
+    return tuple(map(tuple, samples)), source

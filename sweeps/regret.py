@@ -1,0 +1,140 @@
+"""What a choice of configurations costs: the time of the chosen one over the best one measured, case by case."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from flash_sink_attn.config import KERNELS, Kernel, Limits, TileConfig
+from flash_sink_attn.dispatch import Decision, heuristic
+from flash_sink_attn.tuned_table import ShapeKey
+from sweeps.cases import Case
+from sweeps.export import IMPLEMENTATION
+from sweeps.measured import config_label
+from sweeps.ours import shape_key
+from sweeps.select import CaseResult, Selection
+
+Choose = Callable[[Kernel, Case, ShapeKey], Decision]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pick:
+    """A choice for one case of one kernel; times in ms, None where that configuration was not measured.
+
+    Attributes:
+        case: the case.
+        decision: what was chosen, by which rung.
+        ms: time of the configuration chosen.
+        best_ms, best: time and configuration of the fastest one measured.
+        heuristic_ms: time of the configuration that the heuristic alone would choose.
+        measured: how many configurations of the case were measured.
+    """
+
+    case: Case
+    decision: Decision
+    ms: float | None
+    best_ms: float
+    best: str
+    heuristic_ms: float | None
+    measured: int
+
+    @property
+    def regret(self) -> float | None:
+        """Time of the chosen over the best, 1.0 = the best was chosen."""
+        return None if self.ms is None else self.ms / self.best_ms
+
+    @property
+    def heuristic_regret(self) -> float | None:
+        return None if self.heuristic_ms is None else self.heuristic_ms / self.best_ms
+
+    def row(self) -> dict[str, Any]:
+        """A row of the CSV file."""
+        d = self.decision
+        return {"kernel": d.kernel, "case": self.case.id, "model": self.case.model, "rung": d.source,
+                "distance": d.distance, "entry": d.entry.case if d.entry else "", "config": config_label(
+                    d.config.to_dict()), "latency_ms": self.ms, "best_config": self.best, "best_ms": self.best_ms,
+                "regret": self.regret, "heuristic_ms": self.heuristic_ms, "heuristic_regret": self.heuristic_regret,
+                "measured": self.measured, "reason": d.reason}
+
+
+def call_key(case: Case) -> ShapeKey:
+    """The key under which a call of this shape is looked up: a window that hides nothing is none."""
+    keys = sum(case.seqlens) if case.varlen else case.seqlen_k
+    return shape_key(dataclasses.replace(case, window=None) if case.window and case.window >= keys else case)
+
+
+def picks(selection: Selection, choose: Choose, limits: Limits) -> list[Pick]:
+    """One pick for each case of a single kernel (fwd, bwd_dq, bwd_dkdv) that has a timed candidate of ours."""
+    found = []
+    for result in selection.results:
+        case = result.case
+        if case.pass_ not in KERNELS:
+            continue
+        times = times_of(result)
+        if not times:
+            continue
+        kernel: Kernel = case.pass_
+        key = call_key(case)
+        decision = choose(kernel, case, key)
+        best = min(times, key=times.__getitem__)
+        found.append(Pick(case, decision, times.get(decision.config), times[best], config_label(best.to_dict()),
+                          times.get(heuristic(kernel, key, limits)), len(times)))
+    return found
+
+
+def times_of(result: CaseResult) -> dict[TileConfig, float]:
+    """Time in ms of every configuration of ours that was measured for a case of a single kernel, fastest first."""
+    times: dict[TileConfig, float] = {}
+    for m in sorted(result.ranked, key=lambda m: m.latency_ms):
+        if m.impl == IMPLEMENTATION and m.config:
+            times.setdefault(TileConfig.from_dict(m.config), m.latency_ms)
+    return times
+
+
+def summary_table(found: Sequence[Pick]) -> str:
+    """Markdown: per kernel and for all of them, median and worst regret of the choice and of the plain heuristic."""
+    lines = ["| kernel | cases | rungs | median | mean | worst | over 3% | over 10% | not measured "
+             "| heuristic: median | mean | worst | not measured |",
+             "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    for name, own in [*((k, [p for p in found if p.decision.kernel == k]) for k in KERNELS), ("all", list(found))]:
+        if own:
+            regrets = [p.regret for p in own if p.regret is not None]
+            plain = [p.heuristic_regret for p in own if p.heuristic_regret is not None]
+            rungs = ", ".join(f"{n} {rung}" for rung, n in Counter(p.decision.source for p in own).most_common())
+            over = f"{sum(r > 1.03 for r in regrets)} | {sum(r > 1.10 for r in regrets)}"
+            lines.append(f"| {name} | {len(own)} | {rungs} | {_three(regrets)} | {over} | {len(own) - len(regrets)} | "
+                         f"{_three(plain)} | {len(own) - len(plain)} |")
+    return "\n".join(lines)
+
+
+def _three(values: Sequence[float]) -> str:
+    if not values:
+        return "- | - | -"
+    return f"{statistics.median(values):.3f} | {statistics.fmean(values):.3f} | {max(values):.3f}"
+
+
+def case_table(found: Iterable[Pick]) -> str:
+    """Markdown: every pick, the costliest first, the ones not measured before them."""
+    lines = ["| case | rung | distance | chosen | ms | best | ms | regret |", "|---|---|---:|---|---:|---|---:|---:|"]
+    for p in sorted(found, key=lambda p: (p.regret is not None, -(p.regret or 0.0), p.case.id)):
+        d = p.decision
+        far = "" if d.distance is None else f"{d.distance:.2f}"
+        ms = "not measured | " if p.ms is None else f"{p.ms:.4g} | "
+        lines.append(f"| {p.case.id} | {d.source} | {far} | {config_label(d.config.to_dict())} | {ms}{p.best} | "
+                     f"{p.best_ms:.4g} | {'' if p.regret is None else f'{p.regret:.3f}'} |")
+    return "\n".join(lines)
+
+
+def csv_text(found: Sequence[Pick]) -> str:
+    """The picks as CSV; an empty cell is a value that does not exist."""
+    text = io.StringIO()
+    names = [*found[0].row()] if found else ["case"]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if value is None else value for name, value in p.row().items()} for p in found)
+    return text.getvalue()

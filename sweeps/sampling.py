@@ -1,0 +1,61 @@
+"""How long to sample: the one definition of what the ``timing`` section of a config and the timing code share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from pydantic import Field, StrictBool
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(gt=0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """When to stop sampling one call on its own.
+
+    Attributes:
+        precision: sampling stops once half the 95% interval of the median is below this share of it; default 0.01.
+        min_samples: never fewer on a GPU, unless ``max_ms`` is over after three; default 10. At least 6 are needed for
+            an interval.
+        max_samples: never more; default 200.
+        max_ms: sampling also stops after this time, milliseconds, flushes and spins included; default 150.
+        warmup_ms: calls before the first sample, milliseconds; default 10.
+        wall_ms: time for the samples of wall_ms, milliseconds; default 20, 0 = none.
+    """
+
+    precision: Positive = 0.01
+    min_samples: Count = 10
+    max_samples: Count = 200
+    max_ms: Positive = 150.0
+    warmup_ms: NonNegative = 10.0
+    wall_ms: NonNegative = 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FinalSampling:
+    """When to stop timing the finalists of a case against each other.
+
+    Attributes:
+        precision: blocks stop once half the interval of every undecided ratio is below this share; default 0.003.
+        tie_margin: rivals whose whole interval lies within 1 +- this share are as good as each other; default 0.003.
+        max_blocks: never more blocks (each entrant once, in random order); default 200.
+        max_ms: blocks also stop after this time, milliseconds, flushes and spins included; default 300.
+        warmup_ms: calls of each entrant before the first block, milliseconds; default 3.
+        wall_ms: time for wall-clock blocks of all entrants together, milliseconds; default 20, 0 = none.
+        energy_ms: how long the winner of a whole pass is repeated to measure its energy, milliseconds; default 150,
+            0 = not at all.
+        race: default true: who is slower drops out, and it is over when the fastest is known. False: all run until
+            every ratio is known to ``precision``, or one of the limits.
+    """
+
+    precision: Positive = 0.003
+    tie_margin: NonNegative = 0.003
+    max_blocks: Count = 200
+    max_ms: Positive = 300.0
+    warmup_ms: NonNegative = 3.0
+    wall_ms: NonNegative = 20.0
+    energy_ms: NonNegative = 150.0
+    race: StrictBool = True
