@@ -122,6 +122,12 @@ _WINDOW_SMALL_DIM: dict[Kernel, tuple[TileConfig, ...]] = {
     "bwd_dq": (TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False, TMA=True), TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False)),
     "bwd_dkdv": (TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False, TMA=True), TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False)),
 }
+# Programs of one 64-row tile each that fill an H100 (132 multiprocessors) twice: up to here dK and dV are better off with
+# many small programs, beyond with tiles that reuse more.
+_FEW_PROGRAMS = 264
+_LARGE_DIM: dict[Kernel, tuple[TileConfig, ...]] = {
+    "fwd": (TileConfig(128, 64, 8, 2, TMA=True),), "bwd_dq": (), "bwd_dkdv": (TileConfig(64, 64, 8, 2, TMA=True),),
+}
 # What a thread needs besides accumulators (addresses, masks, row statistics), measured on compiled kernels.
 _OTHER_REGISTERS = 80
 
@@ -144,12 +150,26 @@ def _fits(config: TileConfig, kernel: Kernel, key: ShapeKey, limits: Limits) -> 
     return registers + _OTHER_REGISTERS <= limits.registers_per_thread and shared <= limits.shared_bytes
 
 
+def _for_this_size(kernel: Kernel, key: ShapeKey, small: bool) -> tuple[TileConfig, ...]:
+    """What goes before everything else because of the window's or the batch's size."""
+    if kernel == "bwd_dkdv" and not small and -(-key.seqlen_k // 64) * key.heads_kv * key.batch <= _FEW_PROGRAMS:
+        return (TileConfig(64, 64, 4, 3 if key.window is None else 2, SPLIT_LOOPS=key.window is None, TMA=True),)
+    if kernel == "fwd" and key.window is not None and key.window >= 512:  # most of its tiles need no mask
+        return (TileConfig(64, 32, 4, 2, PACK_GQA=True, TMA=True),)
+    if kernel == "fwd" and key.window is not None and key.varlen:  # the tail of a packed sequence costs registers
+        return (TileConfig(64, 32, 4, 3, PACK_GQA=True, SPLIT_LOOPS=False),)
+    return ()
+
+
 def heuristic(kernel: Kernel, key: ShapeKey, limits: Limits) -> TileConfig:
     """A configuration that is safe, and good on Hopper, for a shape that nobody has tuned."""
-    small = max(key.head_dim, key.head_dim_v) <= 64
-    candidates = (*(_SMALL_DIM[kernel] if small else ()), *_CANDIDATES[kernel])
+    widest = max(key.head_dim, key.head_dim_v)
+    small = widest <= 64
+    candidates = (*(_SMALL_DIM[kernel] if small else ()), *(_LARGE_DIM[kernel] if widest > 128 else ()),
+                  *_CANDIDATES[kernel])
     if key.window is not None:
         candidates = (*(_WINDOW_SMALL_DIM[kernel] if small else ()), *_WINDOW[kernel], *candidates)
+    candidates = (*_for_this_size(kernel, key, small), *candidates)
     for config in candidates:
         if _fits(config, kernel, key, limits):
             return config

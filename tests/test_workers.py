@@ -123,7 +123,7 @@ def test_waiting_for_the_device_has_no_limit_and_what_follows_has() -> None:
         outcome = wait_for(supervisor, PATIENCE_S)
         assert outcome is not None and outcome.fields["status"] == "ok" and not supervisor.holding
         assert outcome.measured is not None and outcome.measured[0] <= outcome.measured[1]
-        assert supervisor.seconds["waiting"] >= 1.0
+        assert supervisor.seconds["waiting"] > 0.1  # the limit that did not hold while it waited
         assert supervisor.submit({"hang": True})
         while supervisor.asking_since is None:
             assert wait_for(supervisor, 0.05) is None
