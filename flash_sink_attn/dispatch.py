@@ -122,8 +122,8 @@ _WINDOW_SMALL_DIM: dict[Kernel, tuple[TileConfig, ...]] = {
     "bwd_dq": (TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False, TMA=True), TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False)),
     "bwd_dkdv": (TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False, TMA=True), TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False)),
 }
-# Programs of one 64-row tile each that fill an H100 (132 multiprocessors) twice: up to here dK and dV are better off with
-# many small programs, beyond with tiles that reuse more.
+# Programs of one 64-row tile each that fill an H100 (132 multiprocessors) twice: up to here dK and dV are better off
+# with many small programs, beyond with tiles that reuse more.
 _FEW_PROGRAMS = 264
 _LARGE_DIM: dict[Kernel, tuple[TileConfig, ...]] = {
     "fwd": (TileConfig(128, 64, 8, 2, TMA=True),), "bwd_dq": (), "bwd_dkdv": (TileConfig(64, 64, 8, 2, TMA=True),),
