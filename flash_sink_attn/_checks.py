@@ -91,6 +91,23 @@ def check_cu_seqlens(name: str, cu_seqlens: Any, device: torch.device) -> None:
         raise ValueError(f"{name}: expected a tensor on {device} or on the CPU, got {cu_seqlens.device}")
 
 
+def check_packed(q: torch.Tensor, k: torch.Tensor, cu_seqlens: Any, cu_seqlens_k: Any, max_seqlen_q: Any,
+                 max_seqlen_k: Any) -> None:
+    """Raise unless what says how packed tokens form sequences has the right types and shapes."""
+    check_cu_seqlens("cu_seqlens", cu_seqlens, q.device)
+    if cu_seqlens_k is None:
+        if k.shape[0] != q.shape[0]:
+            raise ValueError(f"cu_seqlens_k: expected a tensor, since k has {k.shape[0]} tokens and q {q.shape[0]}")
+    else:
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
+        if cu_seqlens_k.shape != cu_seqlens.shape:
+            raise ValueError(f"cu_seqlens_k: expected cu_seqlens's shape {tuple(cu_seqlens.shape)}, "
+                             f"got {tuple(cu_seqlens_k.shape)}")
+    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(f"{name}: expected an int of at least 0 or None, got {value!r}")
+
+
 def cu_seqlens_on(device: torch.device, name: str, cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
     """cu_seqlens on ``device``; its values are checked where that costs no synchronisation, or on request.
 

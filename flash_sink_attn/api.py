@@ -119,18 +119,7 @@ def flash_sink_attn_varlen_func(
     _checks.check_tensors(q, key, value, sinks, varlen=True)
     _checks.check_window(keys_seen)
     scale = _checks.check_scale(softmax_scale, q.shape[-1])
-    _checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q.device)
-    if cu_seqlens_k is None:
-        if key.shape[0] != q.shape[0]:
-            raise ValueError(f"cu_seqlens_k: expected a tensor, since k has {key.shape[0]} tokens and q {q.shape[0]}")
-    else:
-        _checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
-        if cu_seqlens_k.shape != cu_seqlens.shape:
-            raise ValueError(f"cu_seqlens_k: expected cu_seqlens's shape {tuple(cu_seqlens.shape)}, "
-                             f"got {tuple(cu_seqlens_k.shape)}")
-    for name, value_ in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if value_ is not None and (isinstance(value_, bool) or not isinstance(value_, int) or value_ < 0):
-            raise ValueError(f"{name}: expected an int of at least 0 or None, got {value_!r}")
+    _checks.check_packed(q, key, cu_seqlens, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     o, lse = _apply(q, key, value, sinks, cu_seqlens, cu_seqlens_k, max_seqlen_q or q.shape[0],
                     max_seqlen_k or key.shape[0], keys_seen, scale, config)
     return (o, lse) if return_lse else o

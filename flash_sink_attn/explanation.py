@@ -68,6 +68,10 @@ def explain(
     query, keys, value = api._autocast(given["q"], keys, value)
     _checks.check_tensors(query, keys, value, sinks, varlen=varlen)
     _checks.check_window(window)
+    _checks.check_scale(given["softmax_scale"], query.shape[-1])
+    if varlen:
+        _checks.check_packed(query, keys, *(given[name] for name in (
+            "cu_seqlens", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")))
     config = _checks.as_attn_config(given["config"])
     if config is not None:
         _checks.check_config(config, query, keys, value)

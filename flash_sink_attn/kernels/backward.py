@@ -106,12 +106,13 @@ def dq_kernel(
     head = pid % heads
     if VARLEN:
         slot = pid // heads
-        b, tile, start_q, len_q = find_tile(CuSeqlensQ, batch, seqlen_q, slot, ROWS_PER_TOKEN, BLOCK_M)
-        if len_q == 0:
+        b, tile = find_tile(CuSeqlensQ, batch, seqlen_q, slot, ROWS_PER_TOKEN, BLOCK_M)
+        if b >= batch:
             if SinkPartials is not None:
                 at = SinkPartials + slot * heads_q + head * ROWS_PER_TOKEN
                 tl.store(at + in_group, tl.zeros([BLOCK_GROUP], tl.float32), mask=in_group < ROWS_PER_TOKEN)
             return
+        start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
         start_k = start_q
         len_k = len_q
         if CuSeqlensK is not None:
@@ -414,14 +415,16 @@ def dkdv_kernel(
             tl.store(DSinks + head_kv * GROUP + member, round_to(dsinks, DSinks.dtype.element_ty), mask=member < GROUP)
     if VARLEN:
         if CuSeqlensK is None:
-            b, tile, start_k, len_k = find_tile(CuSeqlensQ, batch, seqlen_q, pid // heads_kv, 1, BLOCK_N)
-            start_q = start_k
-            len_q = len_k
+            b, tile = find_tile(CuSeqlensQ, batch, seqlen_q, pid // heads_kv, 1, BLOCK_N)
         else:
-            b, tile, start_k, len_k = find_tile(CuSeqlensK, batch, seqlen_k, pid // heads_kv, 1, BLOCK_N)
-            start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
-        if len_k == 0:
+            b, tile = find_tile(CuSeqlensK, batch, seqlen_k, pid // heads_kv, 1, BLOCK_N)
+        if b >= batch:
             return
+        start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
+        start_k = start_q
+        len_k = len_q
+        if CuSeqlensK is not None:
+            start_k, len_k = sequence_bounds(CuSeqlensK, b, seqlen_k)
         q_origin = start_q.to(tl.int64) * stride_qs
         g_origin = start_q.to(tl.int64) * stride_gs
         k_origin = start_k.to(tl.int64) * stride_ks

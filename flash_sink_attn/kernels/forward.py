@@ -100,9 +100,10 @@ def fwd_kernel(
     pid = tl.program_id(0)
     if VARLEN:
         head = pid % heads
-        b, tile, start_q, len_q = find_tile(CuSeqlensQ, batch, seqlen_q, pid // heads, ROWS_PER_TOKEN, BLOCK_M)
-        if len_q == 0:
+        b, tile = find_tile(CuSeqlensQ, batch, seqlen_q, pid // heads, ROWS_PER_TOKEN, BLOCK_M)
+        if b >= batch:
             return
+        start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
         start_k = start_q
         len_k = len_q
         if CuSeqlensK is not None:
