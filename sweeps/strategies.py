@@ -202,5 +202,5 @@ def make_strategy(name: str, candidates: Sequence[Config], seed: int) -> Strateg
     try:
         return STRATEGIES[name](candidates, seed)
     except ImportError as error:
-        raise ValueError(f"strategy: {name} needs optuna (pip install optuna); neighbourhood and random do not "
+        raise ValueError(f"strategy: {name} needs the extra \"search\" (optuna, scipy); neighbourhood and random do not "
                          f"({error})") from error
