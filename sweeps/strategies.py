@@ -176,6 +176,7 @@ def _qmc(seed: int) -> Any:
     import warnings
 
     import optuna
+    import scipy  # noqa: F401  (the sampler imports it at its first question, too late for an error that says so)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -202,5 +203,5 @@ def make_strategy(name: str, candidates: Sequence[Config], seed: int) -> Strateg
     try:
         return STRATEGIES[name](candidates, seed)
     except ImportError as error:
-        raise ValueError(f"strategy: {name} needs the extra \"search\" (optuna, scipy); neighbourhood and random do not "
-                         f"({error})") from error
+        raise ValueError(f"strategy: {name} needs the extra \"search\" (optuna, scipy), neighbourhood and random do "
+                         f"not ({error})") from error
