@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sweeps.columns import WHOLE_PASSES
 from sweeps.cost import compulsory_bytes, flops
 from sweeps.heatmaps import TILED_PASSES, tile_cells
-from sweeps.overview import RIVALS, WHOLE_PASSES
+from sweeps.overview import RIVALS
 from sweeps.registry import is_peer
 from sweeps.select import CaseResult, Measured, Selection, config_label
 from sweeps.tables import (

@@ -5,6 +5,9 @@ from __future__ import annotations
 STATUSES = ("ok", "rejected", "duplicate", "compile_error", "out_of_resources", "oom", "runtime_error", "crashed",
             "timeout", "incorrect", "unavailable", "unsupported")
 
+# Passes that a caller has; the others are parts of a backward.
+WHOLE_PASSES = ("fwd", "bwd", "fwd_bwd")
+
 # Outputs of each pass, in the order of the rel_err columns.
 OUTPUTS = {
     "fwd": ("o", "lse"),

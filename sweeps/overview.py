@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sweeps.columns import WHOLE_PASSES
 from sweeps.select import CaseResult, Selection
 from sweeps.tables import geometric_mean, number, percent
 
 INTERPRETER_WARNING = "Triton's interpreter on a CPU: these times mean nothing"
-WHOLE_PASSES = ("fwd", "bwd", "fwd_bwd")
 RIVALS = {"eager": "eager", "flash": "the best of FlashAttention and cuDNN with the sink",
           "default": "the untuned heuristic"}
 

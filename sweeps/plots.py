@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
+from sweeps.columns import WHOLE_PASSES
 from sweeps.cost import compulsory_bytes, flops
 from sweeps.devices import Card
 from sweeps.heatmaps import heatmap_figures
@@ -46,8 +47,6 @@ from sweeps.tables import (
     model_label,
     number,
 )
-
-WHOLE_PASSES = ("fwd", "bwd", "fwd_bwd")
 
 
 def write_plots(selection: Selection, card: Card | None, directory: Path, warning: str = "") -> list[Path]:

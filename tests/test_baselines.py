@@ -35,16 +35,6 @@ from sweeps.implementation import Inputs
 from sweeps.registry import load
 from tests.test_flash_attn_with_sink import fa_backward, fa_forward, flash_attention_2, flash_attention_3, install
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are tiny; on a busy machine PyTorch's threads wait for each other far longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 NAMES = sorted(m.name for m in pkgutil.iter_modules(sweeps.baselines.__path__) if m.name != "common")
 
 

@@ -21,15 +21,6 @@ from flash_sink_attn.reference import attention_reference_gradients
 INFINITY = float("inf")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are tiny; on a busy machine PyTorch's threads wait for each other far longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 
 # --- FlashAttention's own behaviour, written down independently: it is told lse and output in its backward ---
 

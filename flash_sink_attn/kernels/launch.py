@@ -94,7 +94,7 @@ _templates: dict[tuple[Any, ...], TensorDescriptor] = {}
 
 
 def _describe(x: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
-    """A descriptor. Its checks cost more than the rest of a launch: they are made once per kind of tensor."""
+    """A descriptor. Triton checks what it makes; here that is done once per kind of tensor, since every launch pays."""
     key = (x.dtype, len(shape), *block)
     template = _templates.get(key)
     if template is None:
@@ -140,14 +140,14 @@ class _Miscompiled(Exception):
     """The machine code of a kernel with REGISTER_A overwrites an operand that it still needs."""
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}  # -> the compiled kernel and its constexprs, or None for a faulty one
+_compiled: dict[tuple[Any, ...], Any] = {}  # -> the compiled kernel, or None for a faulty one
 
 
 def _launch(kernel: Any, programs: int, device: torch.device, config: TileConfig, runtime: Sequence[Any],
             constants: Mapping[str, Any]) -> Any:
     """Launch on ``device`` (returns the compiled kernel, None when interpreted), or only compile on meta.
 
-    Triton's own way from the arguments to a compiled kernel costs the host 100 us and more. Here it is a dictionary
+    Triton's own way from the arguments to a compiled kernel costs the host 50 us and more. Here it is a dictionary
     lookup by all that the kernel is specialised on: the constexprs, which of the other arguments are None, their
     dtypes, and that pointers are 16-byte aligned and integers 32 bits wide. What is not so takes Triton's way.
 
