@@ -12,7 +12,7 @@ from flash_sink_attn import _checks, _mode
 from flash_sink_attn.config import AttnConfig, TileConfig
 from flash_sink_attn.dispatch import choose
 from flash_sink_attn.kernels import launch
-from flash_sink_attn.kernels.launch import Sequences
+from flash_sink_attn.layout import Sequences
 from flash_sink_attn.sliding_cache import SlidingCacheManager
 from flash_sink_attn.tuned_table import ShapeKey
 

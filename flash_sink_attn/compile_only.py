@@ -18,6 +18,7 @@ from flash_sink_attn import kernel_cache
 from flash_sink_attn._mode import COMPILE_ONLY, triton
 from flash_sink_attn.config import Kernel, TileConfig
 from flash_sink_attn.kernels import launch
+from flash_sink_attn.layout import Sequences
 from flash_sink_attn.machine_code import disassemble, fault_of
 
 
@@ -119,7 +120,7 @@ def compile_kernel(
     cu = empty(batch + 1, dtype=torch.int32) if varlen else None
     lse = empty(*((heads_q, seqlen_q) if varlen else (batch, heads_q, seqlen_q)), dtype=torch.float32)
     sink = empty(heads_q, dtype=torch.float32) if sinks else None
-    sequences = launch.Sequences(batch, seqlen_q, seqlen_k, cu)
+    sequences = Sequences(batch, seqlen_q, seqlen_k, cu)
     call: dict[str, Any] = {"sequences": sequences, "window": window, "scale": head_dim**-0.5, "config": config}
     rows = launch.row_statistics(q, sequences)
     partials = launch.sink_partials(q, k, sequences, config) if sinks else None

@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-Kernel = Literal["fwd", "bwd_dq", "bwd_dkdv"]
-KERNELS: tuple[Kernel, ...] = ("fwd", "bwd_dq", "bwd_dkdv")
+Kernel = Literal["fwd", "bwd_dq", "bwd_dkdv", "hopper_fwd", "hopper_bwd"]
+Impl = Literal["triton", "hopper"]
+Pass = Literal["fwd", "bwd"]
+# What each implementation launches for each pass, in order.
+KERNELS_OF: dict[Impl, dict[Pass, tuple[Kernel, ...]]] = {
+    "triton": {"fwd": ("fwd",), "bwd": ("bwd_dq", "bwd_dkdv")},
+    "hopper": {"fwd": ("hopper_fwd",), "bwd": ("hopper_bwd",)},
+}
+IMPLS: tuple[Impl, ...] = ("triton", "hopper")
+KERNELS: tuple[Kernel, ...] = tuple(k for of in KERNELS_OF.values() for kernels in of.values() for k in kernels)
+PORTABLE: tuple[Kernel, ...] = tuple(k for kernels in KERNELS_OF["triton"].values() for k in kernels)
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 NUM_WARPS = (1, 2, 4, 8, 16)
@@ -18,9 +27,66 @@ MAX_HEAD_DIM = 256
 REGISTERS_PER_SM = 65536
 
 
+_C = TypeVar("_C", bound="_Config")
+
+
+class _Config:
+    """What the configurations share: fields that are an int, a bool or None, as a dict and as text."""
+
+    FIELDS: ClassVar[tuple[str, ...]]
+    BLOCK_M: int
+    BLOCK_N: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, JSON-ready."""
+        return {name: getattr(self, name) for name in self.FIELDS}
+
+    @classmethod
+    def from_dict(cls: type[_C], fields: Mapping[str, Any]) -> _C:
+        """The inverse of :meth:`to_dict`; fields left out take their defaults.
+
+        Raises:
+            ValueError: an unknown field, or BLOCK_M or BLOCK_N missing.
+        """
+        unknown = sorted(set(fields) - set(cls.FIELDS))
+        if unknown:
+            raise ValueError(f"config: unknown field {unknown[0]!r}, expected a subset of {list(cls.FIELDS)}")
+        missing = sorted({"BLOCK_M", "BLOCK_N"} - set(fields))
+        if missing:
+            raise ValueError(f"config: {missing[0]} is missing, got {dict(fields)}")
+        return cls(**fields)
+
+    def encode(self) -> str:
+        """All fields as text that :meth:`decode` reads; plain enough for torch.compile to trace."""
+        return ",".join([_as_text(getattr(self, name)) for name in self.FIELDS])
+
+    @classmethod
+    def decode(cls: type[_C], text: str) -> _C:
+        """The inverse of :meth:`encode`."""
+        return cls(*(_from_text(value) for value in text.split(",")))
+
+
+def _as_text(value: int | None) -> str:
+    if value is None:
+        return "-"
+    if value is True or value is False:
+        return "T" if value else "F"
+    return f"{value}"
+
+
+def _from_text(text: str) -> int | None:
+    return {"-": None, "T": True, "F": False}[text] if text in "-TF" else int(text)
+
+
+def _with_fields(cls: type[_C]) -> type[_C]:
+    cls.FIELDS = tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+    return cls
+
+
+@_with_fields
 @dataclasses.dataclass(frozen=True)
-class TileConfig:
-    """Everything one kernel launch can choose.
+class TileConfig(_Config):
+    """Everything one launch of a portable kernel can choose.
 
     Attributes:
         BLOCK_M: query rows of a tile (query row x group head pairs when ``PACK_GQA``).
@@ -49,63 +115,115 @@ class TileConfig:
     TMA: bool = False
     REGISTER_A: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields by name, JSON-ready."""
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> TileConfig:
-        """The inverse of :meth:`to_dict`; fields left out take their defaults.
+@_with_fields
+@dataclasses.dataclass(frozen=True)
+class HopperFwdConfig(_Config):
+    """Everything a launch of the Hopper forward can choose.
 
-        Raises:
-            ValueError: an unknown field, or BLOCK_M or BLOCK_N missing.
-        """
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(f"config: unknown field {unknown[0]!r}, expected a subset of {known}")
-        missing = sorted({"BLOCK_M", "BLOCK_N"} - set(fields))
-        if missing:
-            raise ValueError(f"config: {missing[0]} is missing, got {dict(fields)}")
-        return cls(**fields)
+    Attributes:
+        BLOCK_M: query rows of a tile (query row x group head pairs when ``PACK_GQA``), 64 per consumer warpgroup.
+        BLOCK_N: keys of a tile.
+        num_stages: tiles of K, and of V, that the producer may be ahead.
+        PACK_GQA: one tile holds all query heads of a key head, so K and V are read once per group.
+        SPLIT_LOOPS: walk the window edge, the interior and the diagonal in loops of their own.
+        PROGRAMS_PER_SM: 0 for one program per tile, else a persistent grid of that many programs per multiprocessor.
+        OVERLAP: issue the next tile's scores before this tile's product with V, so that the softmax overlaps both.
+        maxnreg: cap on registers per thread, None for the kernel's own choice.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_stages: int = 2
+    PACK_GQA: bool = False
+    SPLIT_LOOPS: bool = True
+    PROGRAMS_PER_SM: int = 0
+    OVERLAP: bool = True
+    maxnreg: int | None = None
+
+    @property
+    def num_warps(self) -> int:
+        """Four per consumer warpgroup, and the producer's, which counts as four."""
+        return 4 * (self.BLOCK_M // 64) + 4
 
 
-    def encode(self) -> str:
-        """All fields as text that :meth:`decode` reads; plain enough for torch.compile to trace."""
-        return (f"{self.BLOCK_M},{self.BLOCK_N},{self.num_warps},{self.num_stages},{int(self.PACK_GQA)},"
-                f"{int(self.SPLIT_LOOPS)},{self.maxnreg or 0},{int(self.TMA)},{int(self.REGISTER_A)}")
+@_with_fields
+@dataclasses.dataclass(frozen=True)
+class HopperBwdConfig(_Config):
+    """Everything a launch of the Hopper backward can choose.
 
-    @classmethod
-    def decode(cls, text: str) -> TileConfig:
-        """The inverse of :meth:`encode`."""
-        m, n, warps, stages, pack, split, maxnreg, tma, register_a = map(int, text.split(","))
-        return cls(m, n, warps, stages, bool(pack), bool(split), maxnreg or None, bool(tma), bool(register_a))
+    Attributes:
+        BLOCK_M: query rows of a tile.
+        BLOCK_N: keys of a tile, 64 per consumer warpgroup.
+        num_stages: tiles of q and do that the producer may be ahead.
+        maxnreg: cap on registers per thread, None for the kernel's own choice.
+        PIPELINE: which order of the matrix products is used.
+        RECOMPUTE: make dq in a loop of its own (seven products per pair of tiles) in place of adding it up outside the
+            program (five).
+        DETERMINISTIC: add dq up in a fixed order.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_stages: int = 2
+    maxnreg: int | None = None
+    PIPELINE: int = 0
+    RECOMPUTE: bool = False
+    DETERMINISTIC: bool = False
+
+    @property
+    def num_warps(self) -> int:
+        """Four per consumer warpgroup, and the producer's, which counts as four."""
+        return 4 * (self.BLOCK_N // 64) + 4
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether the same inputs give the same bits."""
+        return self.RECOMPUTE or self.DETERMINISTIC
+
+
+AnyConfig = TileConfig | HopperFwdConfig | HopperBwdConfig
+CONFIG_CLASS: dict[Kernel, type[TileConfig] | type[HopperFwdConfig] | type[HopperBwdConfig]] = {
+    "fwd": TileConfig, "bwd_dq": TileConfig, "bwd_dkdv": TileConfig, "hopper_fwd": HopperFwdConfig,
+    "hopper_bwd": HopperBwdConfig,
+}
+
+
+def reproducible(config: AnyConfig) -> bool:
+    """Whether a kernel with this configuration gives the same bits each time."""
+    return config.reproducible if isinstance(config, HopperBwdConfig) else True
 
 
 @dataclasses.dataclass(frozen=True)
 class AttnConfig:
-    """Tile configurations of one attention call; None leaves that kernel to the tuned table or the heuristic."""
+    """Configurations of one attention call, by kernel; None leaves that kernel to the tuned table or the heuristic.
+
+    Attributes:
+        fwd, bwd_dq, bwd_dkdv: of the portable kernels (``impl="triton"``).
+        hopper_fwd, hopper_bwd: of the Hopper kernels (``impl="hopper"``).
+    """
 
     fwd: TileConfig | None = None
     bwd_dq: TileConfig | None = None
     bwd_dkdv: TileConfig | None = None
+    hopper_fwd: HopperFwdConfig | None = None
+    hopper_bwd: HopperBwdConfig | None = None
 
     @classmethod
     def everywhere(cls, tile: TileConfig) -> AttnConfig:
-        """One tile for all kernels, without PACK_GQA where that is no choice."""
-        t = tile
-        unpacked = TileConfig(t.BLOCK_M, t.BLOCK_N, t.num_warps, t.num_stages, False, t.SPLIT_LOOPS, t.maxnreg, t.TMA,
-                              t.REGISTER_A)
-        return cls(fwd=tile, bwd_dq=tile, bwd_dkdv=unpacked)
+        """One tile for all portable kernels, without PACK_GQA where that is no choice."""
+        return cls(fwd=tile, bwd_dq=tile, bwd_dkdv=dataclasses.replace(tile, PACK_GQA=False))
 
     def encode(self) -> str:
         """As text that :meth:`decode` reads; plain enough for torch.compile to trace."""
-        return ";".join(["" if c is None else c.encode() for c in (self.fwd, self.bwd_dq, self.bwd_dkdv)])
+        return ";".join(["" if c is None else c.encode() for c in (
+            self.fwd, self.bwd_dq, self.bwd_dkdv, self.hopper_fwd, self.hopper_bwd)])
 
     @classmethod
     def decode(cls, text: str) -> AttnConfig:
         """The inverse of :meth:`encode`."""
-        return cls(*(TileConfig.decode(part) if part else None for part in text.split(";")))
+        return cls(**{kernel: CONFIG_CLASS[kernel].decode(part)  # type: ignore[arg-type]
+                      for kernel, part in zip(KERNELS, text.split(";"), strict=True) if part})
 
     def to_dict(self) -> dict[str, Any]:
         """Only the kernels that are set, JSON-ready."""
@@ -116,22 +234,24 @@ class AttnConfig:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: a key that is no kernel, or a bad tile configuration.
+            ValueError: a key that is no kernel, or a bad configuration.
         """
         unknown = sorted(set(fields) - set(KERNELS))
         if unknown:
             raise ValueError(f"config: unknown kernel {unknown[0]!r}, expected a subset of {list(KERNELS)}")
-        return cls(**{k: c if isinstance(c, TileConfig) else TileConfig.from_dict(c)
+        return cls(**{k: c if isinstance(c, CONFIG_CLASS[k]) else CONFIG_CLASS[k].from_dict(c)  # type: ignore[arg-type, index]
                       for k, c in fields.items() if c is not None})
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a GPU gives one program: shared memory in bytes, registers per thread, and whether it has TMA."""
+    """What a GPU gives one program: shared memory in bytes, registers per thread, and whether it has TMA and the
+    matrix instructions that only Hopper has."""
 
     shared_bytes: int
     tma: bool
     registers_per_thread: int = 255
+    wgmma: bool = False
 
 
 # Shared memory one block can opt in to, by compute capability (CUDA programming guide, technical specifications).
@@ -140,7 +260,7 @@ _SHARED_BYTES = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100
 
 def limits_of(arch: int) -> Limits:
     """Limits of compute capability ``arch`` (90 for Hopper); an unknown one gets those of the smallest known."""
-    return Limits(_SHARED_BYTES.get(arch, min(_SHARED_BYTES.values())), tma=arch >= 90)
+    return Limits(_SHARED_BYTES.get(arch, min(_SHARED_BYTES.values())), tma=arch >= 90, wgmma=arch == 90)
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -155,13 +275,13 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
 
 def reject_reason(
-    config: TileConfig, kernel: Kernel, *, head_dim: int, head_dim_v: int, group: int, limits: Limits
+    config: AnyConfig, kernel: Kernel, *, head_dim: int, head_dim_v: int, group: int, limits: Limits
 ) -> str | None:
-    """Why ``config`` cannot work for ``kernel``, or None.
+    """Why ``config`` cannot work for ``kernel``, or None: the rule for every kernel there is.
 
     Args:
         config: the candidate.
-        kernel: "fwd", "bwd_dq" or "bwd_dkdv".
+        kernel: one of :data:`KERNELS`; ``config`` must be of its class.
         head_dim, head_dim_v: of q and k, and of v and o.
         group: query heads per key head.
         limits: of the GPU, see :func:`limits_of`.
@@ -169,7 +289,28 @@ def reject_reason(
     The resource rules are lower bounds (tiles that must be resident at once, accumulators that must be in registers):
     what they reject cannot run, what they let pass may still be refused by the compiled kernel's true figures.
     """
-    c = config
+    if not isinstance(config, CONFIG_CLASS[kernel]):
+        return f"expected a {CONFIG_CLASS[kernel].__name__}, got a {type(config).__name__}"
+    shape = _Shape(head_dim, head_dim_v, group, limits)
+    if isinstance(config, HopperFwdConfig):
+        return hopper_fwd_reject_reason(config, shape)
+    if isinstance(config, HopperBwdConfig):
+        return hopper_bwd_reject_reason(config, shape)
+    return _portable_reject_reason(config, kernel, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What the rules know of a call, see :func:`reject_reason`."""
+
+    head_dim: int
+    head_dim_v: int
+    group: int
+    limits: Limits
+
+
+def _portable_reject_reason(c: TileConfig, kernel: Kernel, shape: _Shape) -> str | None:
+    head_dim, head_dim_v, group, limits = shape.head_dim, shape.head_dim_v, shape.group, shape.limits
     for name, value, allowed in (("BLOCK_M", c.BLOCK_M, BLOCK_SIZES), ("BLOCK_N", c.BLOCK_N, BLOCK_SIZES),
                                  ("num_warps", c.num_warps, NUM_WARPS)):
         if value not in allowed:
@@ -202,3 +343,49 @@ def reject_reason(
     if shared > limits.shared_bytes:
         return f"tiles in flight need at least {shared} bytes of shared memory, the GPU has {limits.shared_bytes}"
     return None
+
+
+HOPPER_BLOCK_M = (64, 128, 192)
+HOPPER_BLOCK_N = (32, 64, 128, 256)
+
+
+def _hopper_reject_reason(c: HopperFwdConfig | HopperBwdConfig, shape: _Shape) -> str | None:
+    if not shape.limits.wgmma:
+        return "the Hopper kernels need compute capability 9.0"
+    if (shape.head_dim, shape.head_dim_v) not in HOPPER_HEAD_DIMS:
+        return (f"the Hopper kernels have head dims {', '.join(f'{d}/{dv}' for d, dv in HOPPER_HEAD_DIMS)}, "
+                f"got {shape.head_dim}/{shape.head_dim_v}")
+    if not 1 <= c.num_stages <= 8:
+        return f"num_stages must be from 1 to 8, got {c.num_stages}"
+    if c.maxnreg is not None and not 24 <= c.maxnreg <= shape.limits.registers_per_thread:
+        return f"maxnreg must be from 24 to {shape.limits.registers_per_thread}, got {c.maxnreg}"
+    return None
+
+
+HOPPER_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+
+
+def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
+    """The part of :func:`reject_reason` for ``hopper_fwd``."""
+    for name, value, allowed in (("BLOCK_M", c.BLOCK_M, HOPPER_BLOCK_M), ("BLOCK_N", c.BLOCK_N, HOPPER_BLOCK_N)):
+        if value not in allowed:
+            return f"{name} must be one of {allowed}, got {value}"
+    if not 0 <= c.PROGRAMS_PER_SM <= 8:
+        return f"PROGRAMS_PER_SM must be from 0 to 8, got {c.PROGRAMS_PER_SM}"
+    if c.PACK_GQA and shape.group == 1:
+        return "PACK_GQA without a head group is the same kernel"
+    if (reason := _hopper_reject_reason(c, shape)) is not None:
+        return reason
+    d, dv = sum(split_head_dim(shape.head_dim)), sum(split_head_dim(shape.head_dim_v))
+    shared = 2 * (c.BLOCK_M * d + c.num_stages * c.BLOCK_N * (d + dv))
+    if shared > shape.limits.shared_bytes:
+        return f"tiles need at least {shared} bytes of shared memory, the GPU has {shape.limits.shared_bytes}"
+    return None
+
+
+def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
+    """The part of :func:`reject_reason` for ``hopper_bwd``."""
+    for name, value in (("BLOCK_M", c.BLOCK_M), ("BLOCK_N", c.BLOCK_N)):
+        if value not in (64, 128, 192):
+            return f"{name} must be one of (64, 128, 192), got {value}"
+    return _hopper_reject_reason(c, shape)

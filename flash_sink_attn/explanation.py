@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from flash_sink_attn import _checks, api
-from flash_sink_attn.config import KERNELS, Kernel, TileConfig
+from flash_sink_attn.config import PORTABLE, Kernel, TileConfig
 from flash_sink_attn.dispatch import Decision, explain_kernel, stale
 
 _PASSES: dict[str, tuple[Kernel, ...]] = {
     "fwd": ("fwd",), "bwd": ("bwd_dq", "bwd_dkdv"), "bwd_dq": ("bwd_dq",), "bwd_dkdv": ("bwd_dkdv",),
-    "fwd_bwd": KERNELS,
+    "fwd_bwd": PORTABLE,
 }
 
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flash_sink_attn.config import KERNELS, AttnConfig, Kernel, TileConfig, limits_of, reject_reason
+from flash_sink_attn.config import PORTABLE, AttnConfig, Kernel, TileConfig, limits_of, reject_reason
 from sweeps.cases import Case
 from sweeps.implementation import Inputs, Prepared
 
@@ -33,7 +33,7 @@ def tiles_of(case: Case, config: Mapping[str, Any]) -> AttnConfig:
     if not config:
         return AttnConfig()
     if len(parts) == 1:
-        return AttnConfig(**{parts[0]: TileConfig.from_dict(config)})
+        return AttnConfig.from_dict({parts[0]: config})
     return AttnConfig.from_dict(config)
 
 
@@ -143,7 +143,8 @@ class _Call:
         import torch
 
         from flash_sink_attn.dispatch import device_info
-        from flash_sink_attn.kernels.launch import Sequences, row_statistics, sink_partials
+        from flash_sink_attn.kernels.launch import row_statistics, sink_partials
+        from flash_sink_attn.layout import Sequences
 
         self.case, self.i = case, inputs
         q, k, v, cu = inputs.q, inputs.k, inputs.v, inputs.cu_seqlens
@@ -184,9 +185,9 @@ class _Call:
                                       self.dsinks, config=self.tiles["bwd_dkdv"], **self.common)
 
     def prepared(self) -> Prepared:
-        launches: dict[Kernel, Callable[[], None]] = {k: getattr(self, k) for k in KERNELS}
+        launches: dict[Kernel, Callable[[], None]] = {k: getattr(self, k) for k in PORTABLE}
         parts = PARTS[self.case.pass_]
-        for earlier in KERNELS[:KERNELS.index(parts[0])]:
+        for earlier in PORTABLE[:PORTABLE.index(parts[0])]:
             launches[earlier]()
 
         def run() -> None:

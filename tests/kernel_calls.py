@@ -9,6 +9,7 @@ import torch
 from flash_sink_attn.config import AttnConfig, TileConfig
 from flash_sink_attn.dispatch import choose
 from flash_sink_attn.kernels import launch
+from flash_sink_attn.layout import Sequences
 from flash_sink_attn.testing import AttentionInputs, check, truth_and_eager
 from flash_sink_attn.tuned_table import ShapeKey
 
@@ -28,8 +29,8 @@ def run_kernels(
     key = ShapeKey(str(q.dtype).removeprefix("torch."), q.shape[-1], v.shape[-1], q.shape[-2], k.shape[-2], window,
                    1, x.max_seqlen_q, x.max_seqlen_k, varlen)
     tiles = {n: choose(n, key, q.device, config).config for n in ("fwd", "bwd_dq", "bwd_dkdv")}
-    sequences = (launch.Sequences(x.cu_seqlens_q.shape[0] - 1, q.shape[0], k.shape[0], x.cu_seqlens_q, x.cu_seqlens_k)
-                 if varlen else launch.Sequences(q.shape[0], q.shape[1], k.shape[1]))
+    sequences = (Sequences(x.cu_seqlens_q.shape[0] - 1, q.shape[0], k.shape[0], x.cu_seqlens_q, x.cu_seqlens_k)
+                 if varlen else Sequences(q.shape[0], q.shape[1], k.shape[1]))
     call: dict[str, Any] = {"sequences": sequences, "window": window, "scale": scale or q.shape[-1] ** -0.5}
     o = nan(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
     lse = nan(*((q.shape[1], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1])), dtype=torch.float32)

@@ -103,13 +103,14 @@ SIZES = [
 FUSED = """
 from flash_sink_attn.compile_only import set_target
 from flash_sink_attn.kernels import launch
+from flash_sink_attn.layout import Sequences
 
 def forward(width, offset, batch, seqlen):
     base = torch.empty(batch, seqlen, 80, width, dtype=torch.bfloat16, device="meta")[..., offset:offset + 64]
     q, k, v = base.split([64, 8, 8], dim=2)
     o = torch.empty(batch, seqlen, 64, 64, dtype=q.dtype, device="meta")
     lse = torch.empty(batch, 64, seqlen, dtype=torch.float32, device="meta")
-    launch.forward(q, k, v, None, o, lse, sequences=launch.Sequences(batch, seqlen, seqlen), window=None, scale=0.125,
+    launch.forward(q, k, v, None, o, lse, sequences=Sequences(batch, seqlen, seqlen), window=None, scale=0.125,
                    config=TileConfig(64, 32, 4, 1))
     return len(cubins() - before)
 

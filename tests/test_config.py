@@ -14,11 +14,15 @@ from flash_sink_attn.config import (
     KERNELS,
     MAX_HEAD_DIM,
     NUM_WARPS,
+    PORTABLE,
     AttnConfig,
+    HopperBwdConfig,
+    HopperFwdConfig,
     Limits,
     TileConfig,
     limits_of,
     reject_reason,
+    reproducible,
     split_head_dim,
 )
 
@@ -29,16 +33,24 @@ tile_configs = st.builds(
     TileConfig, BLOCK_M=st.sampled_from(BLOCK_SIZES), BLOCK_N=st.sampled_from(BLOCK_SIZES),
     num_warps=st.sampled_from(NUM_WARPS), num_stages=st.integers(1, 8), PACK_GQA=st.booleans(),
     SPLIT_LOOPS=st.booleans(), maxnreg=st.none() | st.integers(24, 255), TMA=st.booleans())
-attn_configs = st.builds(AttnConfig, *(st.none() | tile_configs for _ in KERNELS))
+hopper_fwd_configs = st.builds(
+    HopperFwdConfig, BLOCK_M=st.sampled_from((64, 128, 192)), BLOCK_N=st.sampled_from((32, 64, 128, 256)),
+    num_stages=st.integers(1, 8), PACK_GQA=st.booleans(), PROGRAMS_PER_SM=st.integers(0, 4),
+    maxnreg=st.none() | st.integers(24, 255))
+hopper_bwd_configs = st.builds(
+    HopperBwdConfig, BLOCK_M=st.sampled_from((64, 128)), BLOCK_N=st.sampled_from((64, 128)),
+    RECOMPUTE=st.booleans(), DETERMINISTIC=st.booleans())
+attn_configs = st.builds(AttnConfig, *(st.none() | tile_configs for _ in PORTABLE), st.none() | hopper_fwd_configs,
+                         st.none() | hopper_bwd_configs)
 
 
-def reason(config: TileConfig, kernel: Any = "fwd", head_dim: int = 64, head_dim_v: int | None = None, group: int = 8,
+def reason(config: Any, kernel: Any = "fwd", head_dim: int = 64, head_dim_v: int | None = None, group: int = 8,
            limits: Limits = HOPPER) -> str | None:
     return reject_reason(config, kernel, head_dim=head_dim, head_dim_v=head_dim if head_dim_v is None else head_dim_v,
                          group=group, limits=limits)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", PORTABLE)
 def test_an_ordinary_tile_is_accepted(kernel: Any) -> None:
     assert reason(TILE, kernel) is None
     assert reason(dataclasses.replace(TILE, TMA=True, SPLIT_LOOPS=False, maxnreg=128), kernel) is None
@@ -54,7 +66,7 @@ def test_an_ordinary_tile_is_accepted(kernel: Any) -> None:
      ({"maxnreg": 23}, "maxnreg must be from 24 to 255, got 23"),
      ({"maxnreg": 256}, "maxnreg must be from 24 to 255, got 256")],
 )
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", PORTABLE)
 def test_a_value_out_of_range(kernel: Any, changes: dict[str, int], words: str) -> None:
     assert reason(dataclasses.replace(TILE, **changes), kernel) == words
 
@@ -131,11 +143,38 @@ def test_split_head_dim_of_usual_ones(head_dim: int, parts: tuple[int, int]) -> 
     assert split_head_dim(head_dim) == parts
 
 
-@given(tile_configs)
-def test_a_tile_survives_text_and_dict(tile: TileConfig) -> None:
-    assert TileConfig.decode(tile.encode()) == tile
-    assert TileConfig.from_dict(tile.to_dict()) == tile
-    assert set(tile.to_dict()) == {f.name for f in dataclasses.fields(TileConfig)}
+@given(tile_configs | hopper_fwd_configs | hopper_bwd_configs)
+def test_a_configuration_survives_text_and_dict(config: Any) -> None:
+    assert type(config).decode(config.encode()) == config
+    assert type(config).from_dict(config.to_dict()) == config
+    assert set(config.to_dict()) == {f.name for f in dataclasses.fields(type(config))}
+
+
+def test_the_rule_for_the_hopper_kernels() -> None:
+    """Only what every version of them needs; the kernels' own tests know more."""
+    good = {"hopper_fwd": HopperFwdConfig(128, 64), "hopper_bwd": HopperBwdConfig(64, 128)}
+    for kernel, config in good.items():
+        assert reason(config, kernel) is None
+        assert "compute capability 9.0" in str(reason(config, kernel, limits=limits_of(100)))
+        assert "got 40/40" in str(reason(config, kernel, head_dim=40))
+        assert "expected a TileConfig" in str(reason(config, "fwd"))
+        assert "expected a Hopper" in str(reason(TILE, kernel))
+        assert "num_stages" in str(reason(dataclasses.replace(config, num_stages=0), kernel))
+        assert "maxnreg" in str(reason(dataclasses.replace(config, maxnreg=300), kernel))
+    packed = HopperFwdConfig(128, 64, PACK_GQA=True)
+    assert reason(packed, "hopper_fwd") is None and "without a head group" in str(reason(packed, "hopper_fwd", group=1))
+
+
+def test_warps_of_the_hopper_kernels_are_their_warpgroups() -> None:
+    """Four per 64 rows that accumulate, and the producer's four."""
+    assert [HopperFwdConfig(m, 64).num_warps for m in (64, 128, 192)] == [8, 12, 16]
+    assert HopperBwdConfig(64, 128).num_warps == 12
+
+
+def test_which_backward_gives_the_same_bits() -> None:
+    assert reproducible(TILE) and reproducible(HopperFwdConfig(64, 64)) and not reproducible(HopperBwdConfig(64, 64))
+    assert reproducible(HopperBwdConfig(64, 64, RECOMPUTE=True)) and reproducible(
+        HopperBwdConfig(64, 64, DETERMINISTIC=True))
 
 
 @given(attn_configs)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_sink_attn import dispatch
-from flash_sink_attn.config import KERNELS, AttnConfig, Kernel, TileConfig, limits_of, reject_reason
+from flash_sink_attn.config import PORTABLE, AttnConfig, Kernel, TileConfig, limits_of, reject_reason
 from flash_sink_attn.dispatch import DeviceInfo, choose, decide, device_info, heuristic
 from flash_sink_attn.kernel_code import kernel_code_hash
 from flash_sink_attn.nearest import FARTHEST, distance
@@ -91,7 +91,7 @@ def test_an_exact_entry_that_cannot_work_is_no_answer() -> None:
     assert decide("fwd", KEY, limits_of(90), table_of(impossible)).source == "heuristic"
 
 
-@given(st.sampled_from(KERNELS), st.integers(1, 64), st.integers(1, 16), st.integers(1, 32), st.integers(1, 32),
+@given(st.sampled_from(PORTABLE), st.integers(1, 64), st.integers(1, 16), st.integers(1, 32), st.integers(1, 32),
        st.none() | st.integers(1, 9000), st.integers(1, 40000), st.booleans(), st.sampled_from([80, 89, 90, 100]))
 def test_whatever_the_rung_the_configuration_is_valid(
     kernel: Kernel, batch: int, group: int, heads_kv: int, dims: int, window: int | None, seqlen: int, varlen: bool,
@@ -179,7 +179,7 @@ def test_the_heuristic_is_valid_for_every_head_dim(arch: int, dtype: str, window
         for head_dim_v in {head_dim, 8, 64, 128, 256}:
             for heads_q in (8, 1):
                 key = ShapeKey.fixed(dtype, head_dim, head_dim_v, heads_q, 1, window, 1, 4096, 4096)
-                for kernel in KERNELS:
+                for kernel in PORTABLE:
                     tile = heuristic(kernel, key, limits)
                     reason = reject_reason(tile, kernel, head_dim=head_dim, head_dim_v=head_dim_v, group=heads_q,
                                            limits=limits)

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import sweeps.cli
-from flash_sink_attn.config import KERNELS, TileConfig, limits_of
+from flash_sink_attn.config import PORTABLE, TileConfig, limits_of
 from flash_sink_attn.dispatch import decide, heuristic
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable, TunedTableError
 from sweeps.cases import Case
@@ -71,7 +71,7 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "Leave-one-out on 20260102T030405Z-h100" in result.output
     assert result.output.strip() in (run / "ladder.md").read_text()
     listed = list(csv.DictReader((run / "ladder.csv").open()))
-    assert len(listed) == 4 * 3 and {r["kernel"] for r in listed} == set(KERNELS)
+    assert len(listed) == 4 * 3 and {r["kernel"] for r in listed} == set(PORTABLE)
     assert str(tmp_path) not in (run / "ladder.md").read_text() + (run / "ladder.csv").read_text()
     empty = synthetic.write_run(tmp_path / "empty", [row(case("gpt-oss", "fwd", 64), config=A, status="crashed")])
     with pytest.raises(ValueError, match="no timed case"):
@@ -141,7 +141,7 @@ def test_the_held_out_sweep() -> None:
     table = TunedTable.parse((Path(make({"card": "h100"}).table.path)).read_text(), "h100.json")
     cases: dict[str, Case] = {t.case.id: t.case for t in plan.first}
     assert len({c.shape_id for c in cases.values()}) >= 40 and not plan.wholes
-    assert {c.pass_ for c in cases.values()} == set(KERNELS)
+    assert {c.pass_ for c in cases.values()} == set(PORTABLE)
     for c in cases.values():
         trials = [t for t in plan.first if t.case == c and t.runs]
         decision = decide(c.pass_, call_key(c), limits_of(90), table)

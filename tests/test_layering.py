@@ -49,9 +49,9 @@ SWEEPS = (
 )
 # Of the package: what a module may import is what stands before it. __init__ re-exports, so nothing inside imports it.
 PACKAGE = (
-    ("_mode", "config", "devices", "kernel_code", "_reference_blocks"),
-    ("reference", "tuned_table", "sliding_cache", "kernels.common", "kernel_cache", "sass_check"),
-    ("nearest", "machine_code"),
+    ("_mode", "config", "devices", "kernel_code", "_reference_blocks", "layout"),
+    ("replay", "reference", "tuned_table", "sliding_cache", "kernels.common", "kernel_cache", "sass_check"),
+    ("launcher", "nearest", "machine_code"),
     ("testing", "dispatch", "kernels.*", "flash_attn_with_sink"),
     ("kernels.launch",),
     ("_checks", "compile_only"),

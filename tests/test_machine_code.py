@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flash_sink_attn import machine_code
 from flash_sink_attn._mode import triton
@@ -73,7 +74,7 @@ def test_faulty_code_is_replaced_before_it_runs(monkeypatch: pytest.MonkeyPatch,
     kernel = Kernel()
 
     def once(config: TileConfig) -> Any:
-        return launch._launch_new(kernel, 1, config, [None], {"REGISTER_A": config.REGISTER_A}, None)
+        return launch._launch(kernel, 1, torch.device("cpu"), config, [None], {"REGISTER_A": config.REGISTER_A})
 
     with caplog.at_level("WARNING", logger="flash_sink_attn"):
         launch._soundly(once, TileConfig(64, 64, REGISTER_A=True))

@@ -6,7 +6,6 @@ a process without a GPU compiles them (see flash_sink_attn.compile_only).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import logging
@@ -17,77 +16,22 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flash_sink_attn import launcher
 from flash_sink_attn._mode import INTERPRETING
 from flash_sink_attn.config import TileConfig, split_head_dim
 from flash_sink_attn.kernels.backward import dkdv_kernel, dq_kernel
 from flash_sink_attn.kernels.common import APART, MEETING, NO_WINDOW
 from flash_sink_attn.kernels.forward import fwd_kernel
+from flash_sink_attn.layout import LOG2E, Sequences, describable, launchable, strides_of
 from flash_sink_attn.machine_code import fault_of
 
 logger = logging.getLogger("flash_sink_attn")
-
-# Offsets inside a tile are 32-bit: at most 256 rows times a stride.
-_MAX_STRIDE = 2**31 // 256 - 1
-_LOG2E = 1.4426950408889634
-
-
-@dataclasses.dataclass(frozen=True)
-class Sequences:
-    """How tokens form sequences.
-
-    Fixed length: ``cu_seqlens_*`` None. Varlen: int32 (batch + 1,) on the device of the tensors.
-    ``cu_seqlens_k`` None in a varlen call: the keys' are the queries'. ``seqlen_*`` are per sequence, or total token
-    counts when varlen.
-    """
-
-    batch: int
-    seqlen_q: int
-    seqlen_k: int
-    cu_seqlens_q: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-
-    @property
-    def varlen(self) -> bool:
-        return self.cu_seqlens_q is not None
-
-    def tiles(self, length: int, rows_per_token: int, block: int) -> int:
-        """Tiles of one sequence, or an upper bound on those of all sequences when varlen."""
-        whole = -(-length * rows_per_token // block)
-        return whole + self.batch if self.varlen else whole
-
-
-def launchable(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself if the kernels can address it by strides, else a contiguous copy."""
-    strides = x.stride()
-    if strides[-1] == 1 and strides[-3] <= _MAX_STRIDE and strides[-2] <= _MAX_STRIDE:
-        return x
-    return x.contiguous()
-
-
-def _strides(*tensors: torch.Tensor) -> tuple[list[int], int]:
-    """(batch, token, head) strides of all tensors in a row, in units of the second result.
-
-    The batch stride of a varlen tensor is 0. The unit is 8 elements (16 bytes) where all strides allow it, else 1.
-    """
-    found: list[int] = []
-    for x in tensors:
-        s = x.stride()
-        found += s[:3] if len(s) == 4 else (0, s[0], s[1])
-    if any(value % 8 for value in found):
-        return found, 1
-    return [value // 8 for value in found], 8
 
 
 def _window_mode(window: int | None, tokens_per_tile: int, block: int) -> int:
     if window is None:
         return NO_WINDOW
     return APART if window >= tokens_per_tile + block - 2 else MEETING
-
-
-def _describable(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can address the tensors: 16-byte aligned, and no dimension of size or stride 0."""
-    return all(x.numel() and not x.data_ptr() % 16 and not any(stride % 8 or not stride for stride in x.stride()[:-1])
-               for x in tensors)
 
 
 _templates: dict[tuple[Any, ...], TensorDescriptor] = {}
@@ -133,86 +77,31 @@ def _row_descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:
 def _own_tma(config: TileConfig, group: int, *tensors: torch.Tensor) -> bool:
     """Whether a program loads the tile that is its own through descriptors, which leaves it in registers."""
     whole_group = not config.PACK_GQA or (group & (group - 1) == 0 and config.BLOCK_M >= group)
-    return config.REGISTER_A and whole_group and _describable(*tensors)
-
-
-class _Miscompiled(Exception):
-    """The machine code of a kernel with REGISTER_A overwrites an operand that it still needs."""
-
-
-_compiled: dict[tuple[Any, ...], Any] = {}  # -> the compiled kernel, or None for a faulty one
+    return config.REGISTER_A and whole_group and describable(*tensors)
 
 
 def _launch(kernel: Any, programs: int, device: torch.device, config: TileConfig, runtime: Sequence[Any],
             constants: Mapping[str, Any]) -> Any:
-    """Launch on ``device`` (returns the compiled kernel, None when interpreted), or only compile on meta.
-
-    Triton's own way from the arguments to a compiled kernel costs the host 50 us and more. Here it is a dictionary
-    lookup by all that the kernel is specialised on: the constexprs, which of the other arguments are None, their
-    dtypes, and that pointers are 16-byte aligned and integers 32 bits wide. What is not so takes Triton's way.
-
-    Args:
-        runtime: the kernel's arguments up to its first constexpr, in order.
-        constants: its constexprs by name, in order.
+    """Launch or compile, see flash_sink_attn.launcher.launch.
 
     Raises:
-        _Miscompiled: see flash_sink_attn.machine_code.
+        launcher.MiscompiledError: the machine code overwrites an operand that it still needs.
     """
-    if device.type == "cuda":
-        kinds: list[Any] = []
-        plain = programs > 0
-        for x in runtime:
-            if isinstance(x, torch.Tensor):
-                kinds.append(x.dtype)
-                plain = plain and not x.data_ptr() % 16
-            elif isinstance(x, int):
-                plain = plain and x < 2**31
-            elif isinstance(x, TensorDescriptor):
-                kinds.append(True)
-            elif x is None:
-                kinds.append(None)
-        key = (kernel, device.index, config.num_warps, config.num_stages, config.maxnreg, *kinds, *constants.values())
-        # Triton launches on the current device
-        away = device.index != torch.cuda.current_device()
-        with torch.cuda.device(device) if away else contextlib.nullcontext():
-            if plain and key in _compiled:
-                compiled = _compiled[key]
-                if compiled is None:
-                    raise _Miscompiled
-                compiled[programs, 1, 1](*runtime, *constants.values())
-                return compiled
-            return _launch_new(kernel, programs, config, runtime, constants, key if plain else None)
-    return _launch_new(kernel, programs, config, runtime, constants, None, warm_up_only=device.type == "meta")
-
-
-def _launch_new(kernel: Any, programs: int, config: TileConfig, runtime: Sequence[Any], constants: Mapping[str, Any],
-                key: tuple[Any, ...] | None, warm_up_only: bool = False) -> Any:
-    arguments = {**dict(zip(kernel.arg_names, runtime, strict=False)), **constants}
-    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if config.maxnreg is not None:
-        options["maxnreg"] = config.maxnreg
-    if warm_up_only:
-        return kernel.warmup(**arguments, **options, grid=(programs,))
-    if not programs:
-        return None
-    if config.REGISTER_A and not INTERPRETING:
-        compiled = kernel.warmup(**arguments, **options, grid=(programs,))
+    def check(compiled: Any) -> str | None:
         if fault := fault_of(compiled):
-            if key is not None:
-                _compiled[key] = None
             logger.warning("%s: REGISTER_A is ignored, since %s", kernel.__name__, fault)
-            raise _Miscompiled
-    compiled = kernel[(programs,)](**arguments, **options)
-    if key is not None:
-        _compiled[key] = compiled
-    return compiled
+        return fault
+
+    return launcher.launch(kernel, programs, device, runtime, constants, num_warps=config.num_warps,
+                           num_stages=config.num_stages, maxnreg=config.maxnreg,
+                           check=check if config.REGISTER_A and not INTERPRETING else None)
 
 
 def _soundly(launch: Callable[[TileConfig], Any], config: TileConfig) -> Any:
     """``launch(config)``, or the same without REGISTER_A where the compiler's code for it is wrong."""
     try:
         return launch(config)
-    except _Miscompiled:
+    except launcher.MiscompiledError:
         return launch(dataclasses.replace(config, REGISTER_A=False))
 
 
@@ -231,7 +120,7 @@ def forward(
     """Write o (like q with v's head dim, contiguous) and lse (float32, contiguous). Returns the compiled kernel."""
     q, k, v = launchable(q), launchable(k), launchable(v)
     constants = _shape_constants(q, k, v, group_block=False)
-    strides, unit = _strides(q, k, v)
+    strides, unit = strides_of(q, k, v)
     group, heads_kv = constants["GROUP"], k.shape[-2]
 
     def launch(c: TileConfig) -> Any:
@@ -239,7 +128,7 @@ def forward(
         tokens = _tokens_per_tile(c, rows_per_token)
         tiles = sequences.tiles(sequences.seqlen_q, rows_per_token, c.BLOCK_M)
         programs = tiles * (q.shape[-2] // rows_per_token) * (1 if sequences.varlen else sequences.batch)
-        tma = c.TMA and _describable(k, v)
+        tma = c.TMA and describable(k, v)
         own_tma = tma and _own_tma(c, group, q)
         tail = tma and sequences.varlen
         return _launch(fwd_kernel, programs, q.device, c, [
@@ -247,7 +136,7 @@ def forward(
             *((_descriptor(k, c.BLOCK_N), _descriptor(v, c.BLOCK_N)) if tma else (k, v)),
             *((k, v) if tail else (None, None)), sinks, o, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k,
             *strides, sequences.batch, sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles, window or 0,
-            scale * _LOG2E,
+            scale * LOG2E,
         ], constants | {
             "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "VARLEN": sequences.varlen,
             "WINDOW": _window_mode(window, tokens, c.BLOCK_N), "PACK_GQA": c.PACK_GQA, "SPLIT_LOOPS": c.SPLIT_LOOPS,
@@ -266,7 +155,7 @@ def sink_partials(q: torch.Tensor, k: torch.Tensor, sequences: Sequences, config
     rows_per_token = q.shape[-2] // k.shape[-2] if config.PACK_GQA else 1
     tiles = sequences.tiles(sequences.seqlen_q, rows_per_token, config.BLOCK_M)
     tiles *= 1 if sequences.varlen else sequences.batch
-    return torch.empty((tiles, q.shape[-2]), dtype=torch.float32, device=q.device)
+    return launcher.workspace((tiles, q.shape[-2]), torch.float32, q.device)
 
 
 def row_statistics(q: torch.Tensor, sequences: Sequences) -> torch.Tensor:
@@ -276,7 +165,7 @@ def row_statistics(q: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     """
     rows = -(-sequences.seqlen_q // 16) * 16 + (16 * sequences.batch if sequences.varlen else 0)
     batch = 1 if sequences.varlen else sequences.batch
-    return torch.empty((2, batch, q.shape[-2], rows), dtype=torch.float32, device=q.device)
+    return launcher.workspace((2, batch, q.shape[-2], rows), torch.float32, q.device)
 
 
 def backward_dq(
@@ -287,7 +176,7 @@ def backward_dq(
     """Write the :func:`row_statistics`, and where they are given dq and the sinks' partials."""
     q, k, v, do = launchable(q), launchable(k), launchable(v), launchable(do)
     constants = _shape_constants(q, k, v, group_block=True)
-    strides, unit = _strides(q, k, v, do)
+    strides, unit = strides_of(q, k, v, do)
     group, heads_kv = constants["GROUP"], k.shape[-2]
 
     def launch(c: TileConfig) -> Any:
@@ -295,7 +184,7 @@ def backward_dq(
         tokens = _tokens_per_tile(c, rows_per_token)
         tiles = sequences.tiles(sequences.seqlen_q, rows_per_token, c.BLOCK_M)
         programs = tiles * (q.shape[-2] // rows_per_token) * (1 if sequences.varlen else sequences.batch)
-        tma = c.TMA and _describable(k, v)
+        tma = c.TMA and describable(k, v)
         own_tma = tma and _own_tma(c, group, q, do)
         tail = tma and sequences.varlen
         return _launch(dq_kernel, programs, q.device, c, [
@@ -304,7 +193,7 @@ def backward_dq(
             *((k, v) if tail else (None, None)), sinks, o,
             _descriptor(do, c.BLOCK_M, rows_per_token) if own_tma else do, lse, dlse, dq, rows[0], rows[1], partials,
             sequences.cu_seqlens_q, sequences.cu_seqlens_k, *strides, rows.shape[-1] // 16, sequences.batch,
-            sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles, window or 0, scale, scale * _LOG2E,
+            sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles, window or 0, scale, scale * LOG2E,
         ], constants | {
             "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "VARLEN": sequences.varlen,
             "WINDOW": _window_mode(window, tokens, c.BLOCK_N), "PACK_GQA": c.PACK_GQA, "SPLIT_LOOPS": c.SPLIT_LOOPS,
@@ -321,13 +210,13 @@ def backward_dkdv(
     """Write dk and dv (contiguous) and, where given, dsinks (heads_q,) from the partials of :func:`backward_dq`."""
     q, k, v, do = launchable(q), launchable(k), launchable(v), launchable(do)
     constants = _shape_constants(q, k, v, group_block=True)
-    strides, unit = _strides(q, k, v, do)
+    strides, unit = strides_of(q, k, v, do)
     heads_kv = k.shape[-2]
 
     def launch(c: TileConfig) -> Any:
         tiles = sequences.tiles(sequences.seqlen_k, 1, c.BLOCK_N)
         programs = tiles * heads_kv * (1 if sequences.varlen else sequences.batch)
-        tma = c.TMA and _describable(q, do)
+        tma = c.TMA and describable(q, do)
         tail = tma and sequences.varlen
         return _launch(dkdv_kernel, programs, q.device, c, [
             _descriptor(q, c.BLOCK_M) if tma else q, k, v, _descriptor(do, c.BLOCK_M) if tma else do,
@@ -335,7 +224,7 @@ def backward_dkdv(
             *((q, do, rows[0], rows[1]) if tail else (None,) * 4), dk, dv, partials, dsinks,
             sequences.cu_seqlens_q, sequences.cu_seqlens_k, *strides, rows.shape[-1] // 16, sequences.batch,
             sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles, 0 if partials is None else partials.shape[0],
-            window or 0, scale, scale * _LOG2E,
+            window or 0, scale, scale * LOG2E,
         ], constants | {
             "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "VARLEN": sequences.varlen,
             "WINDOW": _window_mode(window, c.BLOCK_M, c.BLOCK_N), "SPLIT_LOOPS": c.SPLIT_LOOPS, "STRIDE_UNIT": unit,
