@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flash_sink_attn._mode import COMPILE_ONLY, INTERPRETING
-from flash_sink_attn.config import KERNELS, MAX_HEAD_DIM, AttnConfig, TileConfig, limits_of, reject_reason
+from flash_sink_attn.config import IMPLS, KERNELS, MAX_HEAD_DIM, AttnConfig, TileConfig, limits_of, reject_reason
 from flash_sink_attn.dispatch import device_info
 
 HALF = (torch.float16, torch.bfloat16)
@@ -123,7 +123,7 @@ def cu_seqlens_on(device: torch.device, name: str, cu_seqlens: torch.Tensor, tot
 
 
 def as_attn_config(config: Any) -> AttnConfig | None:
-    """The ``config`` argument as an AttnConfig; a single TileConfig holds for the forward and both backward kernels.
+    """The ``config`` argument as an AttnConfig; a single TileConfig holds for all portable kernels.
 
     Raises:
         TypeError: it is something else. ValueError: a mapping with unknown or missing fields.
@@ -146,3 +146,11 @@ def check_config(config: AttnConfig, q: torch.Tensor, k: torch.Tensor, v: torch.
                                         group=q.shape[-2] // k.shape[-2], limits=limits)
         if reason:
             raise ValueError(f"config: {kernel}: {reason}")
+
+
+def check_impl(impl: Any, deterministic: Any) -> None:
+    """Raise unless impl is None or an implementation's name, and deterministic None or a bool."""
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {list(IMPLS)} or None, got {impl!r}")
+    if deterministic is not None and not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic: expected a bool or None, got {deterministic!r}")

@@ -1,4 +1,4 @@
-"""Which tile configuration each kernel of a call uses, and why."""
+"""Which implementation and which tile configuration each kernel of a call uses, and why."""
 
 from __future__ import annotations
 
@@ -8,20 +8,34 @@ from typing import Any
 import torch
 
 from flash_sink_attn import _checks, api
-from flash_sink_attn.config import PORTABLE, Kernel, TileConfig
-from flash_sink_attn.dispatch import Decision, explain_kernel, stale
+from flash_sink_attn.calls import call_for
+from flash_sink_attn.config import AnyConfig, Kernel, Pass
+from flash_sink_attn.dispatch import Decision, stale
+from flash_sink_attn.selection import Selection
 
-_PASSES: dict[str, tuple[Kernel, ...]] = {
-    "fwd": ("fwd",), "bwd": ("bwd_dq", "bwd_dkdv"), "bwd_dq": ("bwd_dq",), "bwd_dkdv": ("bwd_dkdv",),
-    "fwd_bwd": PORTABLE,
+_PASSES: dict[str, tuple[Pass, ...]] = {
+    "fwd": ("fwd",), "bwd": ("bwd",), "bwd_dq": ("bwd",), "bwd_dkdv": ("bwd",), "fwd_bwd": ("fwd", "bwd"),
 }
 
 
 class Explanation(tuple[Decision, ...]):
-    """The decisions of a call's kernels, in the order they launch; printing it says them in words."""
+    """The decisions of a call's kernels, in the order they launch; printing it says them in words.
+
+    Attributes:
+        selections: of each pass, which implementation was chosen, why, and what the other one would use.
+    """
+
+    selections: tuple[Selection, ...]
+
+    @classmethod
+    def of(cls, selections: tuple[Selection, ...], only: Kernel | None = None) -> Explanation:
+        """The decisions of these passes, or that of one kernel."""
+        found = cls(d for s in selections for d in s.decisions if only is None or d.kernel == only)
+        found.selections = selections
+        return found
 
     def __str__(self) -> str:
-        return "\n".join(_in_words(decision) for decision in self)
+        return "\n".join(_pass_in_words(selection, self) for selection in self.selections)
 
     __repr__ = __str__
 
@@ -39,9 +53,11 @@ def explain(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, sinks: torch.Tensor | None = None, *args: Any,
     pass_: str = "fwd_bwd", **kwargs: Any,
 ) -> Explanation:
-    """Say which rung of the ladder, and which tuned entry, every kernel of a call takes its configuration from.
+    """Say which implementation a call uses, and from which rung of the ladder, and which tuned entry, every one of its
+    kernels takes its configuration.
 
-    Nothing is launched. The ladder is described in :mod:`flash_sink_attn.dispatch`.
+    Nothing is launched. How an implementation is chosen is described in :mod:`flash_sink_attn.selection`, the ladder in
+    :mod:`flash_sink_attn.dispatch`.
 
     Args:
         q, k, v, sinks, *args, **kwargs: the arguments of the call, in the same order and by the same names: those of
@@ -51,7 +67,7 @@ def explain(
 
     Returns:
         A tuple of :class:`flash_sink_attn.dispatch.Decision`, also by kernel name: ``explain(q, k)["fwd"].config``.
-        ``print`` shows it in words.
+        ``print`` shows it in words, with the implementation that was not chosen.
 
     Raises:
         ValueError, TypeError: as the call would; or ``pass_`` is none of these.
@@ -66,18 +82,27 @@ def explain(
     given = call.arguments
     keys, value, window = api._resolve(given["k"], given["v"], given["window"])
     query, keys, value = api._autocast(given["q"], keys, value)
-    _checks.check_tensors(query, keys, value, sinks, varlen=varlen)
-    _checks.check_window(window)
-    _checks.check_scale(given["softmax_scale"], query.shape[-1])
-    if varlen:
-        _checks.check_packed(query, keys, *(given[name] for name in (
-            "cu_seqlens", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")))
     config = _checks.as_attn_config(given["config"])
-    if config is not None:
-        _checks.check_config(config, query, keys, value)
-    shape = api._shape_key(query, keys, value, api._effective_window(window, keys, varlen), varlen,
-                           given.get("max_seqlen_q") or query.shape[0], given.get("max_seqlen_k") or keys.shape[0])
-    return Explanation(explain_kernel(kernel, shape, query.device, config) for kernel in _PASSES[pass_])
+    found = call_for(query, keys, value, sinks, varlen, given.get("cu_seqlens"), given.get("cu_seqlens_k"),
+                     given.get("max_seqlen_q"), given.get("max_seqlen_k"), window, given["softmax_scale"], config,
+                     given["impl"], given["deterministic"])
+    selections = tuple(found.select(name, {"q": query, "k": keys, "v": value}) for name in _PASSES[pass_])
+    return Explanation.of(selections, pass_ if pass_ in ("bwd_dq", "bwd_dkdv") else None)  # type: ignore[arg-type]
+
+
+def _pass_in_words(selection: Selection, shown: Explanation) -> str:
+    lines = [f"{selection.pass_}: impl={selection.impl}: {selection.reason}",
+             *(_in_words(d) for d in selection.decisions if d in shown)]
+    if selection.impl == "triton" and selection.problem is not None:
+        lines.append(f"  not hopper: {selection.problem}")
+    else:
+        lines += [f"  not {d.kernel}: {d.source}: {_tile(d.config)}{_time(d)}" for d in selection.others]
+    return "\n".join(lines)
+
+
+def _time(decision: Decision) -> str:
+    entry = decision.entry
+    return "" if entry is None else f", {entry.latency_ms:.4g} ms as {entry.measured_as} at {entry.case}"
 
 
 def _in_words(decision: Decision) -> str:
@@ -92,6 +117,8 @@ def _in_words(decision: Decision) -> str:
     return "\n".join(lines)
 
 
-def _tile(c: TileConfig) -> str:
-    extras = [f"{name}={getattr(c, name)}" for name in ("PACK_GQA", "SPLIT_LOOPS", "maxnreg", "TMA", "REGISTER_A")]
-    return f"{c.BLOCK_M}x{c.BLOCK_N} num_warps={c.num_warps} num_stages={c.num_stages} {' '.join(extras)}"
+def _tile(config: AnyConfig) -> str:
+    fields = config.to_dict()
+    tile = f"{fields.pop('BLOCK_M')}x{fields.pop('BLOCK_N')}"
+    return f"{tile} num_warps={config.num_warps} " + " ".join(
+        f"{name}={value}" for name, value in fields.items() if name != "num_warps")

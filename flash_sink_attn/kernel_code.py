@@ -8,16 +8,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_HOST_SIDE = ("launch.py", "__init__.py")
+from flash_sink_attn.config import KERNELS_OF, Impl, Kernel
+
+# Where each implementation's kernels lie, and which modules there run on the host.
+_FOLDER: dict[Impl, str] = {"triton": "kernels", "hopper": "hopper"}
+_HOST_SIDE = ("launch.py", "launch_forward.py", "launch_backward.py", "support.py", "__init__.py")
+# Under which name a run's facts have the hash.
+CODE_FIELD: dict[Impl, str] = {"triton": "kernel_code", "hopper": "hopper_kernel_code"}
+
+
+def impl_of(kernel: Kernel) -> Impl:
+    """Whose kernel it is."""
+    return next(impl for impl, of in KERNELS_OF.items() if any(kernel in kernels for kernels in of.values()))
 
 
 @cache
-def kernel_code_hash() -> str:
-    """Twelve hex digits over the code that runs on the GPU: the modules of ``kernels`` without the launcher.
+def kernel_code_hash(impl: Impl = "triton") -> str:
+    """Twelve hex digits over the code of one implementation that runs on the GPU: its modules without the launchers.
 
     Comments, docstrings and line breaks play no part, nor does the Python version that reads them.
     """
-    root = Path(__file__).resolve().parent / "kernels"
+    root = Path(__file__).resolve().parent / _FOLDER[impl]
     files = sorted(path for path in root.rglob("*.py") if path.name not in _HOST_SIDE)
     text = "\n".join(f"{path.relative_to(root).as_posix()} {code_text(path.read_text())}" for path in files)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -26,8 +26,8 @@ class Features(NamedTuple):
     """What of a shape the best tile depends on within a family.
 
     Attributes:
-        work: log2 of the rows that are tiled: batch x seqlen_q x heads_q for ``fwd`` and ``bwd_dq``,
-            batch x seqlen_k x heads_kv for ``bwd_dkdv``.
+        work: log2 of the rows that are tiled: batch x seqlen_q x heads_q for the forwards and ``bwd_dq``,
+            batch x seqlen_k x heads_kv for ``bwd_dkdv`` and ``hopper_bwd``.
         heads: log2 of heads_q.
         group: log2 of the query heads per key head.
         keys: log2 of the keys a query sees at most: the window, or seqlen_k without one.
@@ -59,7 +59,7 @@ def family(kernel: str, key: ShapeKey) -> tuple[str, int, int, bool, bool]:
 
 def features(kernel: str, key: ShapeKey) -> Features:
     """The logarithms that :func:`distance` compares."""
-    rows = key.seqlen_k * key.heads_kv if kernel == "bwd_dkdv" else key.seqlen_q * key.heads_q
+    rows = key.seqlen_k * key.heads_kv if kernel in ("bwd_dkdv", "hopper_bwd") else key.seqlen_q * key.heads_q
     keys = key.seqlen_k if key.window is None else min(key.window, key.seqlen_k)
     return Features(log2(max(1, key.batch * rows)), log2(key.heads_q), log2(key.heads_q / key.heads_kv),
                     log2(max(1, keys)), float(key.dtype == "float16"))
@@ -83,7 +83,7 @@ def nearest(
         if family(entry.kernel, entry.key) != wanted:
             continue
         far = round(distance(kernel, key, entry.key), 9)
-        rank = (far, -features(kernel, entry.key).work, _order(entry.key))
+        rank = (far, -features(kernel, entry.key).work, _order(entry.key), entry.latency_ms)
         if (best is None or rank < best[0]) and usable(entry):
             best = rank, entry, far
     return None if best is None else best[1:]

@@ -2,7 +2,7 @@
 
 A table is one JSON file, ``flash_sink_attn/tuned/<gpu>.json`` or the file that ``FLASH_SINK_ATTN_TUNED`` names::
 
-    {"schema_version": 2,
+    {"schema_version": 3,
      "gpu": "h100",
      "arch": 90,
      "runs": {"20260102T030405Z-h100": {"date": "2026-01-02", "gpu_name": "...", "torch": "2.11.0", "triton": "3.6.0",
@@ -15,7 +15,8 @@ A table is one JSON file, ``flash_sink_attn/tuned/<gpu>.json`` or the file that 
                   "case": "fwd-bfloat16-b1-q8192-k8192-h64x8-d64x64-w128", "run": "20260102T030405Z-h100"}]}
 
 Entries hold for the card they were measured on; the dispatcher lends them to another card of the same architecture only
-with a warning. Files of schema version 1, which had neither ``arch`` nor ``best_ms``, are still read.
+with a warning. Files of schema version 1, which had neither ``arch`` nor ``best_ms``, are still read, and so are those
+of version 2, which know only the portable kernels.
 """
 
 from __future__ import annotations
@@ -31,10 +32,20 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flash_sink_attn.config import BLOCK_SIZES, KERNELS, NUM_WARPS, Kernel, TileConfig
+from flash_sink_attn.config import (
+    BLOCK_SIZES,
+    CONFIG_CLASS,
+    KERNELS,
+    KERNELS_OF,
+    NUM_WARPS,
+    AnyConfig,
+    Kernel,
+    TileConfig,
+    reproducible,
+)
 
-SCHEMA_VERSION = 2
-_READABLE = (1, 2)
+SCHEMA_VERSION = 3
+_READABLE = (1, 2, 3)
 ENV_VAR = "FLASH_SINK_ATTN_TUNED"
 DTYPES = ("bfloat16", "float16")
 
@@ -104,12 +115,12 @@ class Entry:
     """One tuned configuration.
 
     Attributes:
-        kernel: "fwd", "bwd_dq" or "bwd_dkdv".
+        kernel: its name, see flash_sink_attn.config.
         key: the shape it was measured on.
         config: the configuration.
         latency_ms: median device time in ms of the pass it was chosen by.
-        measured_as: that pass: "fwd"; "bwd" where the pair of backward kernels was timed as a whole; "bwd_dq" or
-            "bwd_dkdv" where only the one kernel was.
+        measured_as: that pass: "fwd"; "bwd" where the backward was timed as a whole; "bwd_dq" or "bwd_dkdv" where only
+            the one kernel was.
         default_ms: time of the untuned heuristic on the same pass in the same run, None where it was not measured.
         case: what exactly was measured; several varlen batches share a key.
         run: name of the run, a key of :attr:`TunedTable.runs`.
@@ -119,7 +130,7 @@ class Entry:
 
     kernel: Kernel
     key: ShapeKey
-    config: TileConfig
+    config: AnyConfig
     latency_ms: float
     measured_as: str
     default_ms: float | None
@@ -127,9 +138,20 @@ class Entry:
     run: str
     best_ms: float | None = None
 
+    @property
+    def slot(self) -> tuple[str, ShapeKey]:
+        """What a table holds one entry of: a kernel and a shape, and apart from the fastest backward the fastest of
+        those that give the same bits each time."""
+        only = self.kernel == "hopper_bwd" and reproducible(self.config)
+        return (_same_bits(self.kernel) if only else self.kernel), self.key
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
         return dataclasses.asdict(self) | {"key": self.key._asdict()}
+
+
+def _same_bits(kernel: Kernel) -> str:
+    return f"{kernel}, same bits each time"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +160,7 @@ class TunedTable:
 
     Attributes:
         gpu: slug of the card, "h100".
-        entries: by (kernel, shape key).
+        entries: by their slots.
         runs: provenance of every run an entry names: date, card, driver, versions, hash of the kernel sources.
         path: where the table came from, for messages.
         arch: compute capability of the card, 90 for Hopper; None where the file does not say.
@@ -150,14 +172,22 @@ class TunedTable:
     path: str = ""
     arch: int | None = None
 
-    def exact(self, kernel: Kernel, key: ShapeKey) -> TileConfig | None:
-        """The configuration tuned for exactly this kernel and shape, or None. One dictionary lookup."""
-        entry = self.entries.get((kernel, key))
+    def exact(self, kernel: Kernel, key: ShapeKey) -> AnyConfig | None:
+        """The configuration tuned for exactly this kernel and shape, or None."""
+        entry = self.entry(kernel, key)
         return None if entry is None else entry.config
 
-    def entry(self, kernel: Kernel, key: ShapeKey) -> Entry | None:
-        """As :meth:`exact`, with the measured time and the run it comes from."""
-        return self.entries.get((kernel, key))
+    def entry(self, kernel: Kernel, key: ShapeKey, deterministic: bool = False) -> Entry | None:
+        """As :meth:`exact`, with the measured time and the run it comes from.
+
+        Args:
+            deterministic: only a configuration that gives the same bits each time.
+        """
+        if kernel != "hopper_bwd":
+            return self.entries.get((kernel, key))
+        same_bits = self.entries.get((_same_bits(kernel), key))
+        any_ = None if deterministic else self.entries.get((kernel, key))
+        return min((e for e in (any_, same_bits) if e is not None), key=lambda e: e.latency_ms, default=None)
 
     def of_kernel(self, kernel: Kernel) -> tuple[Entry, ...]:
         """All entries of one kernel."""
@@ -173,14 +203,15 @@ class TunedTable:
         arch: int | None = None,
     ) -> TunedTable:
         """A table of these entries; of several for one kernel and shape the last stays."""
-        by_key: dict[tuple[str, ShapeKey], Entry] = {(e.kernel, e.key): e for e in entries}
+        by_key: dict[tuple[str, ShapeKey], Entry] = {e.slot: e for e in entries}
         return cls(gpu, by_key, {name: runs[name] for name in sorted({e.run for e in by_key.values()})}, path,
                    arch)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, entries in a stable order."""
         # windows are positive, so None as 0 comes first
-        ordered = sorted(self.entries.values(), key=lambda e: (e.kernel, e.key._replace(window=e.key.window or 0)))
+        ordered = sorted(self.entries.values(), key=lambda e: (
+            e.kernel, e.key._replace(window=e.key.window or 0), e.slot[0]))
         return {"schema_version": SCHEMA_VERSION, "gpu": self.gpu, "arch": self.arch,
                 "runs": {k: dict(v) for k, v in self.runs.items()}, "entries": [e.to_dict() for e in ordered]}
 
@@ -273,9 +304,9 @@ class _Reader:
         return Entry(
             kernel=kernel,
             key=self.key(self.field(e, where, "key", dict), f"{where}.key"),
-            config=self.config(self.field(e, where, "config", dict), f"{where}.config"),
+            config=self.config(kernel, self.field(e, where, "config", dict), f"{where}.config"),
             latency_ms=float(self.positive(e, where, "latency_ms", (int, float))),
-            measured_as=self.one_of(e, where, "measured_as", ("fwd",) if kernel == "fwd" else ("bwd", kernel)),
+            measured_as=self.one_of(e, where, "measured_as", _measured_as(kernel)),
             default_ms=self.positive(e, where, "default_ms", (int, float, type(None))),
             case=self.field(e, where, "case", str),
             run=run,
@@ -291,22 +322,30 @@ class _Reader:
         dtype, varlen = self.one_of(k, where, "dtype", DTYPES), self.field(k, where, "varlen", bool)
         return ShapeKey(dtype=dtype, varlen=varlen, **numbers)
 
-    def config(self, c: dict[str, Any], where: str) -> TileConfig:
-        for name, allowed in (("BLOCK_M", BLOCK_SIZES), ("BLOCK_N", BLOCK_SIZES)):
-            self.one_of(c, where, name, allowed)
-        if "num_warps" in c:
-            self.one_of(c, where, "num_warps", NUM_WARPS)
-        if "num_stages" in c:
-            self.positive(c, where, "num_stages")
-        if "maxnreg" in c:
-            self.positive(c, where, "maxnreg", (int, type(None)))
-        for name in ("PACK_GQA", "SPLIT_LOOPS", "TMA", "REGISTER_A"):
-            if name in c:
-                self.field(c, where, name, bool)
+    def config(self, kernel: Kernel, c: dict[str, Any], where: str) -> AnyConfig:
+        of = CONFIG_CLASS[kernel]
+        if of is TileConfig:
+            for name, allowed in (("BLOCK_M", BLOCK_SIZES), ("BLOCK_N", BLOCK_SIZES)):
+                self.one_of(c, where, name, allowed)
+            if "num_warps" in c:
+                self.one_of(c, where, "num_warps", NUM_WARPS)
+        for field in dataclasses.fields(of):
+            if field.name in c:
+                kind: Any = {"bool": bool, "int": int}.get(str(field.type), (int, type(None)))
+                counts = kind is not bool and not field.name.isupper()  # of registers or stages
+                (self.positive if counts else self.field)(c, where, field.name, kind)
         try:
-            return TileConfig.from_dict(c)
+            return of.from_dict(c)
         except ValueError as e:
             raise self.error(where, str(e)) from e
+
+
+def _measured_as(kernel: Kernel) -> tuple[str, ...]:
+    """The passes an entry of the kernel may have been chosen by."""
+    if any(kernel in of["fwd"] for of in KERNELS_OF.values()):
+        return ("fwd",)
+    return ("bwd", kernel) if any(len(of["bwd"]) > 1 and kernel in of["bwd"] for of in KERNELS_OF.values()) else (
+        "bwd",)
 
 
 def load_table(gpu_slug: str) -> TunedTable | None:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from flash_sink_attn.config import KERNELS, Kernel, TileConfig, limits_of
+from flash_sink_attn.config import KERNELS, AnyConfig, Kernel, limits_of
 from flash_sink_attn.devices import gpu_slug
 from flash_sink_attn.dispatch import Decision, decide, heuristic
 from flash_sink_attn.nearest import FARTHEST, distance, family
@@ -78,7 +78,7 @@ def _two(values: Sequence[float]) -> str:
 def _pairs(selection: Selection, arch: int) -> list[tuple[tuple[str, ...], float, float, float | None]]:
     """(fields of the family that differ, distance, regret of the other's winner, regret of the heuristic)."""
     found, limits = [], limits_of(arch)
-    timed: dict[Kernel, list[tuple[ShapeKey, dict[TileConfig, float], Entry]]] = {kernel: [] for kernel in KERNELS}
+    timed: dict[Kernel, list[tuple[ShapeKey, dict[AnyConfig, float], Entry]]] = {kernel: [] for kernel in KERNELS}
     entries = {(e.kernel, e.key): e for e in table_entries(selection, "run", 0.0)}
     for result in selection.results:
         key = call_key(result.case)

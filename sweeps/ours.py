@@ -118,7 +118,7 @@ class Triton:
         return _Call(case, config, inputs).prepared()
 
 
-def _tiles(case: Case, config: Mapping[str, Any], arch: int) -> dict[Kernel, TileConfig]:
+def _tiles(case: Case, config: Mapping[str, Any], arch: int) -> dict[Kernel, Any]:
     """The tile configuration of every kernel of the pass."""
     from flash_sink_attn.dispatch import heuristic
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flash_sink_attn.config import KERNELS, Kernel, Limits, TileConfig
+from flash_sink_attn.config import KERNELS, AnyConfig, Kernel, Limits, TileConfig
 from flash_sink_attn.dispatch import Decision, heuristic
 from flash_sink_attn.tuned_table import ShapeKey
 from sweeps.cases import Case
@@ -87,9 +87,9 @@ def picks(selection: Selection, choose: Choose, limits: Limits) -> list[Pick]:
     return found
 
 
-def times_of(result: CaseResult) -> dict[TileConfig, float]:
+def times_of(result: CaseResult) -> dict[AnyConfig, float]:
     """Time in ms of every configuration of ours that was measured for a case of a single kernel, fastest first."""
-    times: dict[TileConfig, float] = {}
+    times: dict[AnyConfig, float] = {}
     for m in sorted(result.ranked, key=lambda m: m.latency_ms):
         if m.impl == IMPLEMENTATION and m.config:
             times.setdefault(TileConfig.from_dict(m.config), m.latency_ms)

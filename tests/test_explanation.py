@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from flash_sink_attn import TileConfig, api, dispatch, explain, flash_sink_attn_func, flash_sink_attn_varlen_func
+from flash_sink_attn import TileConfig, dispatch, explain, flash_sink_attn_func, flash_sink_attn_varlen_func
+from flash_sink_attn.config import KERNELS
 from flash_sink_attn.dispatch import DeviceInfo
 from flash_sink_attn.sliding_cache import SlidingCacheManager
 from flash_sink_attn.tuned_table import ENV_VAR, Entry, ShapeKey, TunedTable
@@ -67,22 +68,18 @@ def test_it_looks_up_what_the_call_looks_up(table: Path, name: str, monkeypatch:
     q, k, v = (x.requires_grad_() for x in tensors(*shape))
     asked: dict[str, Any] = {}
 
-    def choose(kernel: Any, key: ShapeKey, device: torch.device, explicit: Any = None) -> dispatch.Choice:
+    def explain_kernel(kernel: Any, key: ShapeKey, *rest: Any) -> dispatch.Decision:
         asked[kernel] = key
-        return dispatch.choose(kernel, key, device, explicit)
+        return ask(kernel, key, *rest)
 
-    explained: dict[str, Any] = {}
-
-    def explain_kernel(kernel: Any, key: ShapeKey, device: torch.device, explicit: Any = None) -> dispatch.Decision:
-        explained[kernel] = key
-        return dispatch.explain_kernel(kernel, key, device, explicit)
-
-    monkeypatch.setattr(api, "choose", choose)
-    monkeypatch.setattr("flash_sink_attn.explanation.explain_kernel", explain_kernel)
+    ask = dispatch.explain_kernel
+    monkeypatch.setattr(dispatch, "explain_kernel", explain_kernel)
     function = flash_sink_attn_varlen_func if len(shape) == 1 else flash_sink_attn_func
     function(q, k, v, *rest, **named).sum().backward()
+    by_the_call = dict(asked)
+    asked.clear()
     explain(q, k, v, *rest, **named)
-    assert set(asked) == {"fwd", "bwd_dq", "bwd_dkdv"} and explained == asked
+    assert set(asked) == set(KERNELS) and asked == by_the_call
 
 
 def test_a_cache_managers_keys_are_the_ones(table: Path) -> None:

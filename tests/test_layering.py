@@ -49,12 +49,14 @@ SWEEPS = (
 )
 # Of the package: what a module may import is what stands before it. __init__ re-exports, so nothing inside imports it.
 PACKAGE = (
-    ("_mode", "config", "devices", "kernel_code", "_reference_blocks", "layout"),
-    ("replay", "reference", "tuned_table", "sliding_cache", "kernels.common", "kernel_cache", "sass_check"),
-    ("launcher", "nearest", "machine_code"),
+    ("_mode", "config", "devices", "_reference_blocks", "layout"),
+    ("replay", "kernel_code", "options", "reference", "tuned_table", "sliding_cache", "kernels.common",
+     "kernel_cache", "sass_check"),
+    ("launcher", "nearest", "machine_code", "heuristic", "hopper.support"),
     ("testing", "dispatch", "kernels.*", "flash_attn_with_sink"),
-    ("kernels.launch",),
+    ("kernels.launch", "hopper.*", "selection"),
     ("_checks", "compile_only"),
+    ("calls",),
     ("api",),
     ("gpt_oss", "explanation"),
     ("__init__",),
@@ -146,6 +148,14 @@ def test_implementations_do_not_import_each_other() -> None:
                 "sweeps.baselines.common"
             }
             assert not others, f"{name} imports {others}"
+
+
+def test_the_two_families_of_kernels_do_not_import_each_other() -> None:
+    for mine, other in (("kernels", "hopper"), ("hopper", "kernels")):
+        for name, path in modules("flash_sink_attn").items():
+            if name.startswith(f"{mine}."):
+                found = {i for i in imports(path, "flash_sink_attn") if i.startswith(f"flash_sink_attn.{other}")}
+                assert not found, f"{name} imports {found}"
 
 
 def test_imports_are_found_however_they_are_written(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_only_runs_that_an_entry_names_are_kept():
 
 @pytest.mark.parametrize(("change", "field"), [
     (lambda d: d.pop("schema_version"), "schema_version: missing"),
-    (lambda d: d.update(schema_version=3), "schema_version: expected 1 or 2, got 3"),
+    (lambda d: d.update(schema_version=4), "schema_version: expected 1 or 2 or 3, got 4"),
     (lambda d: d.update(arch="sm_90"), "arch: expected int or null, got 'sm_90'"),
     (lambda d: d.update(arch=0), " arch: expected a positive number, got 0"),
     (lambda d: d["entries"][0].update(best_ms=0), "entries[0].best_ms: expected a positive number, got 0"),

@@ -231,3 +231,26 @@ def backward_dkdv(
             "TMA": tma, "REGISTER_A": c.REGISTER_A})
 
     return _soundly(launch, config)
+
+
+def backward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor,
+    do: torch.Tensor, dlse: torch.Tensor | None, dq: torch.Tensor | None, dk: torch.Tensor | None,
+    dv: torch.Tensor | None, dsinks: torch.Tensor | None, *, sequences: Sequences, window: int | None, scale: float,
+    dq_config: TileConfig, dkdv_config: TileConfig,
+) -> None:
+    """Both backward kernels: write the gradients that are given (contiguous), and touch no other."""
+    call: dict[str, Any] = {"sequences": sequences, "window": window, "scale": scale}
+    rows = row_statistics(q, sequences)
+    partials = None if dsinks is None else sink_partials(q, k, sequences, dq_config)
+    backward_dq(q, k, v, sinks, o, lse, do, dlse, dq, rows, partials, config=dq_config, **call)
+    if dk is not None or dv is not None:
+        # one kernel makes both
+        dk = launcher.workspace(k.shape, k.dtype, k.device) if dk is None else dk
+        dv = launcher.workspace(v.shape, v.dtype, v.device) if dv is None else dv
+        if dk.numel():
+            backward_dkdv(q, k, v, rows, do, dk, dv, partials, dsinks, config=dkdv_config, **call)
+            return
+    if dsinks is not None and partials is not None:
+        launcher.not_replayable("dsinks are summed up by PyTorch")
+        dsinks.copy_(partials.sum(0))

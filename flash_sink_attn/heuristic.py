@@ -1,0 +1,157 @@
+"""Rules of thumb for shapes that nobody has tuned: tiles of every kernel, and where the Hopper kernels go first."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flash_sink_attn.config import (
+    AnyConfig,
+    HopperBwdConfig,
+    HopperFwdConfig,
+    Kernel,
+    Limits,
+    Pass,
+    TileConfig,
+    reject_reason,
+    reproducible,
+    split_head_dim,
+)
+from flash_sink_attn.tuned_table import ShapeKey
+
+# Where the Hopper kernels are used without a measurement of the shape or one near it: (pass, head dim of q and k, of
+# v, whether there is a window).
+PREFER_HOPPER: frozenset[tuple[Pass, int, int, bool]] = frozenset()
+
+# Tried in order until the validity rule accepts one.
+_HOPPER_FWD = (HopperFwdConfig(128, 128), HopperFwdConfig(128, 64), HopperFwdConfig(64, 64), HopperFwdConfig(64, 32))
+_HOPPER_FWD_SMALL_DIM = (HopperFwdConfig(192, 128),)
+_HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3), HopperFwdConfig(64, 64))
+_HOPPER_BWD = (HopperBwdConfig(64, 128), HopperBwdConfig(64, 64), HopperBwdConfig(64, 128, DETERMINISTIC=True),
+               HopperBwdConfig(64, 64, DETERMINISTIC=True), HopperBwdConfig(64, 128, RECOMPUTE=True),
+               HopperBwdConfig(64, 64, RECOMPUTE=True))
+_HOPPER_BWD_SMALL_DIM = (HopperBwdConfig(128, 128),)
+_HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 128, RECOMPUTE=True), HopperBwdConfig(64, 64, RECOMPUTE=True))
+
+# Tried in order until one fits, the special ones first. From measurements on an H100: small tiles with a deep pipeline
+# beat 128 x 128; a first operand in registers (REGISTER_A) halves what the matrix unit reads from shared memory, but
+# costs occupancy; under a window packing the group saves reading K and V once per query head; at head dims above 64
+# dK and dV run out of registers with 64 query rows and 4 warps.
+_CANDIDATES: dict[str, tuple[TileConfig, ...]] = {
+    "fwd": (TileConfig(64, 64, 4, 3, TMA=True, REGISTER_A=True), TileConfig(64, 64, 4, 3, TMA=True),
+            TileConfig(128, 64, 8, 2, TMA=True), TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 2),
+            TileConfig(64, 32, 4, 2), TileConfig(32, 32, 4, 1), TileConfig(16, 16, 4, 1)),
+    "bwd_dq": (TileConfig(64, 64, 4, 3, TMA=True, REGISTER_A=True), TileConfig(128, 64, 8, 3, TMA=True),
+               TileConfig(128, 32, 8, 3, TMA=True), TileConfig(64, 64, 4, 2),
+               TileConfig(64, 32, 4, 2), TileConfig(64, 32, 8, 1), TileConfig(32, 32, 4, 1), TileConfig(16, 16, 4, 1)),
+    "bwd_dkdv": (TileConfig(64, 128, 8, 3, TMA=True), TileConfig(32, 64, 4, 3, TMA=True), TileConfig(32, 64, 4, 3),
+                 TileConfig(32, 64, 4, 2),
+                 TileConfig(16, 64, 4, 3), TileConfig(32, 64, 8, 1), TileConfig(32, 32, 4, 1),
+                 TileConfig(16, 16, 4, 1)),
+}
+_SMALL_DIM: dict[str, tuple[TileConfig, ...]] = {
+    "fwd": (),
+    "bwd_dq": (TileConfig(64, 64, 4, 3, TMA=True), TileConfig(64, 64, 4, 2)),
+    "bwd_dkdv": (TileConfig(64, 64, 4, 3, TMA=True), TileConfig(64, 64, 4, 3)),
+}
+_WINDOW: dict[str, tuple[TileConfig, ...]] = {
+    "fwd": (TileConfig(64, 32, 4, 3, PACK_GQA=True, SPLIT_LOOPS=False, TMA=True),
+            TileConfig(64, 32, 4, 3, PACK_GQA=True, SPLIT_LOOPS=False),
+            TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False, TMA=True), TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False)),
+    "bwd_dq": (TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False, TMA=True, REGISTER_A=True),
+               TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False, TMA=True), TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False),
+               TileConfig(64, 64, 4, 2, SPLIT_LOOPS=False)),
+    "bwd_dkdv": (TileConfig(32, 64, 4, 3, SPLIT_LOOPS=False, TMA=True), TileConfig(32, 64, 4, 3, SPLIT_LOOPS=False),
+                 TileConfig(16, 64, 4, 3, SPLIT_LOOPS=False)),
+}
+_WINDOW_SMALL_DIM: dict[str, tuple[TileConfig, ...]] = {
+    "fwd": (),
+    "bwd_dq": (TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False, TMA=True), TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False)),
+    "bwd_dkdv": (TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False, TMA=True), TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False)),
+}
+# Programs of one 64-row tile each that fill an H100 (132 multiprocessors) twice: up to here dK and dV are better off
+# with many small programs, beyond with tiles that reuse more.
+_FEW_PROGRAMS = 264
+_LARGE_DIM: dict[str, tuple[TileConfig, ...]] = {
+    "fwd": (TileConfig(128, 64, 8, 2, TMA=True),), "bwd_dq": (), "bwd_dkdv": (TileConfig(64, 64, 8, 2, TMA=True),),
+}
+# What a thread needs besides accumulators (addresses, masks, row statistics), measured on compiled kernels.
+_OTHER_REGISTERS = 80
+
+
+def _fits(config: TileConfig, kernel: Kernel, key: ShapeKey, limits: Limits) -> bool:
+    """Whether the configuration is likely to run without spilling; stricter than the validity rule, a bound."""
+    c = config
+    if reject_reason(c, kernel, head_dim=key.head_dim, head_dim_v=key.head_dim_v, group=key.heads_q // key.heads_kv,
+                     limits=limits):
+        return False
+    d, dv = sum(split_head_dim(key.head_dim)), sum(split_head_dim(key.head_dim_v))
+    # per row of the side that accumulates: accumulator columns; and elements of the own and the streamed tiles
+    columns, side, own, streamed = {
+        "fwd": (dv + c.BLOCK_N, c.BLOCK_M, c.BLOCK_M * d, c.BLOCK_N),
+        "bwd_dq": (d + c.BLOCK_N, c.BLOCK_M, c.BLOCK_M * (d + dv), c.BLOCK_N),
+        "bwd_dkdv": (d + dv + c.BLOCK_M, c.BLOCK_N, c.BLOCK_N * (d + dv), c.BLOCK_M),
+    }[kernel]
+    registers = side * columns // (32 * c.num_warps)
+    shared = 2 * (own + streamed * (d + dv) * c.num_stages)
+    return registers + _OTHER_REGISTERS <= limits.registers_per_thread and shared <= limits.shared_bytes
+
+
+def _for_this_size(kernel: Kernel, key: ShapeKey, small: bool) -> tuple[TileConfig, ...]:
+    """What goes before everything else because of the window's or the batch's size."""
+    if kernel == "bwd_dkdv" and not small and -(-key.seqlen_k // 64) * key.heads_kv * key.batch <= _FEW_PROGRAMS:
+        return (TileConfig(64, 64, 4, 3 if key.window is None else 2, SPLIT_LOOPS=key.window is None, TMA=True),)
+    if kernel == "fwd" and key.window is not None and key.window >= 512:  # most of its tiles need no mask
+        return (TileConfig(64, 32, 4, 2, PACK_GQA=True, TMA=True),)
+    if kernel == "fwd" and key.window is not None and key.varlen:  # the tail of a packed sequence costs registers
+        return (TileConfig(64, 32, 4, 3, PACK_GQA=True, SPLIT_LOOPS=False),)
+    return ()
+
+
+def _portable(kernel: Kernel, key: ShapeKey, limits: Limits) -> TileConfig:
+    widest = max(key.head_dim, key.head_dim_v)
+    small = widest <= 64
+    candidates = (*(_SMALL_DIM[kernel] if small else ()), *(_LARGE_DIM[kernel] if widest > 128 else ()),
+                  *_CANDIDATES[kernel])
+    if key.window is not None:
+        candidates = (*(_WINDOW_SMALL_DIM[kernel] if small else ()), *_WINDOW[kernel], *candidates)
+    candidates = (*_for_this_size(kernel, key, small), *candidates)
+    for config in candidates:
+        if _fits(config, kernel, key, limits):
+            return config
+    return dataclasses.replace(candidates[-1], num_stages=1)
+
+
+def _hopper(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool) -> AnyConfig:
+    small = max(key.head_dim, key.head_dim_v) <= 64
+    candidates: tuple[AnyConfig, ...]
+    if kernel == "hopper_fwd":
+        candidates = (*(_HOPPER_FWD_WINDOW if key.window is not None else _HOPPER_FWD_SMALL_DIM if small else ()),
+                      *_HOPPER_FWD)
+    else:
+        candidates = (*(_HOPPER_BWD_WINDOW if key.window is not None else _HOPPER_BWD_SMALL_DIM if small else ()),
+                      *_HOPPER_BWD)
+        if deterministic:
+            candidates = tuple(config for config in candidates if reproducible(config))
+    valid = (c for c in candidates if reject_reason(
+        c, kernel, head_dim=key.head_dim, head_dim_v=key.head_dim_v, group=key.heads_q // key.heads_kv,
+        limits=limits) is None)
+    return next(valid, candidates[-1])
+
+
+def heuristic(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool = False) -> AnyConfig:
+    """A configuration that is good on Hopper, for a shape that nobody has tuned.
+
+    One of a portable kernel is safe for any shape. The Hopper kernels are not there for every shape: for one they
+    cannot do, the validity rule rejects what comes.
+
+    Args:
+        deterministic: only such configurations as give the same bits each time.
+    """
+    if kernel in ("hopper_fwd", "hopper_bwd"):
+        return _hopper(kernel, key, limits, deterministic)
+    return _portable(kernel, key, limits)
+
+
+def prefers_hopper(pass_: Pass, key: ShapeKey, limits: Limits) -> bool:
+    """Whether the Hopper kernels go before the portable ones where neither has been measured."""
+    return limits.wgmma and (pass_, key.head_dim, key.head_dim_v, key.window is not None) in PREFER_HOPPER

@@ -1,0 +1,171 @@
+"""Which implementation a call uses: the portable Triton kernels or the Hopper ones, each with its own configuration.
+
+1. What the caller says: ``impl``, or a ``config`` that is for one implementation only.
+2. What is measured: at the tuned shape nearest to the call's, of all entries of both, whichever was faster there; where
+   only one of the two was measured at that shape, that one.
+3. The heuristic: :data:`flash_sink_attn.heuristic.PREFER_HOPPER`.
+
+Where the Hopper kernels are wanted by 2 or 3 and cannot run, the portable ones do, and one line in the log says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from flash_sink_attn import dispatch
+from flash_sink_attn.config import KERNELS_OF, AttnConfig, Impl, Kernel, Pass, limits_of, reject_reason
+from flash_sink_attn.dispatch import Decision
+from flash_sink_attn.heuristic import prefers_hopper
+from flash_sink_attn.hopper import support
+from flash_sink_attn.options import Options
+from flash_sink_attn.tuned_table import ShapeKey
+
+logger = logging.getLogger("flash_sink_attn")
+
+
+class Selection(NamedTuple):
+    """What a pass of a call uses.
+
+    Attributes:
+        pass_: "fwd" or "bwd".
+        impl: the implementation.
+        decisions: the configurations of its kernels, in the order they launch.
+        reason: why this implementation, in words.
+        others: what the other implementation's kernels would use.
+        problem: why the Hopper kernels cannot do this call, None = they can.
+    """
+
+    pass_: Pass
+    impl: Impl
+    decisions: tuple[Decision, ...]
+    reason: str
+    others: tuple[Decision, ...]
+    problem: str | None
+
+
+def asked_for(pass_: Pass, options: Options) -> tuple[Impl | None, str]:
+    """The implementation that the caller's options leave no choice about, None = open; and by which of them.
+
+    Raises:
+        ValueError: ``impl`` says one thing and ``config`` another.
+    """
+    config = options.config or AttnConfig()
+    given: list[Impl] = [impl for impl, of in KERNELS_OF.items() if any(getattr(config, k) for k in of[pass_])]
+    if options.impl is None:
+        return (given[0], f"the call's config is for impl={given[0]!r}") if len(given) == 1 else (None, "")
+    if given and options.impl not in given:
+        kernel = next(k for k in KERNELS_OF[given[0]][pass_] if getattr(config, k))
+        raise ValueError(f"config: {kernel} is a kernel of impl={given[0]!r}, and impl={options.impl!r} is asked for")
+    return options.impl, f"the call's impl={options.impl!r}"
+
+
+def problem_of(
+    pass_: Pass, key: ShapeKey, device: torch.device, options: Options, tensors: dict[str, torch.Tensor]
+) -> str | None:
+    """Why the Hopper kernels cannot do this call, None = they can."""
+    problem = support.device_problem(device)
+    if problem is None:
+        problem = _config_problem(pass_, key, device, options)
+    return problem or support.tensors_problem(**tensors)
+
+
+def _config_problem(pass_: Pass, key: ShapeKey, device: torch.device, options: Options) -> str | None:
+    limits = limits_of(dispatch.device_info(device).arch)
+    for decision in _decisions("hopper", pass_, key, device, options):
+        reason = reject_reason(decision.config, decision.kernel, head_dim=key.head_dim, head_dim_v=key.head_dim_v,
+                               group=key.heads_q // key.heads_kv, limits=limits)
+        if reason is not None:
+            return reason
+        if options.deterministic and not getattr(decision.config, "reproducible", True):
+            return f"{decision.config} gives other bits each time, and deterministic=True is asked for"
+    return None
+
+
+def _decisions(
+    impl: Impl, pass_: Pass, key: ShapeKey, device: torch.device, options: Options
+) -> tuple[Decision, ...]:
+    return tuple(dispatch.explain_kernel(kernel, key, device, options.config, bool(options.deterministic))
+                 for kernel in KERNELS_OF[impl][pass_])
+
+
+def select(
+    pass_: Pass, key: ShapeKey, device: torch.device, options: Options, tensors: dict[str, torch.Tensor]
+) -> Selection:
+    """What a pass of a call of shape ``key`` uses.
+
+    Args:
+        tensors: those that the Hopper kernels read through the copy engine, by name.
+
+    Raises:
+        ValueError: the caller asks for the Hopper kernels, and they cannot do this call; the message says why.
+        TunedTableError: a tuned table is corrupt.
+    """
+    decisions = {impl: _decisions(impl, pass_, key, device, options) for impl in KERNELS_OF}
+    forced, reason = asked_for(pass_, options)
+    problem = problem_of(pass_, key, device, options, tensors)
+    impl: Impl = forced or "triton"
+    if forced is None:
+        impl, reason = wanted(pass_, key, device, decisions["triton"], decisions["hopper"])
+        if impl == "hopper" and problem is not None:
+            _log_fallback(pass_, problem)
+            impl, reason = "triton", f"{reason}, but the Hopper kernels cannot do this call: {problem}"
+    elif forced == "hopper" and problem is not None:
+        asked = "impl: 'hopper'" if options.impl else f"config: {KERNELS_OF['hopper'][pass_][0]}"
+        raise ValueError(f"{asked} was asked for, and the Hopper kernels cannot do this call: {problem}")
+    other: Impl = "hopper" if impl == "triton" else "triton"
+    return Selection(pass_, impl, decisions[impl], reason, decisions[other], problem)
+
+
+@cache
+def _log_fallback(pass_: Pass, problem: str) -> None:
+    logger.warning("the Hopper kernels would be faster in the %s pass, but cannot run: %s; the portable ones are used",
+                   {"fwd": "forward", "bwd": "backward"}[pass_], problem)
+
+
+def wanted(
+    pass_: Pass, key: ShapeKey, device: torch.device, portable: tuple[Decision, ...], hopper: tuple[Decision, ...]
+) -> tuple[Impl, str]:
+    """Whose kernels are faster by all that is known, and why that is thought."""
+    info = dispatch.device_info(device)
+    if info.slug is None:
+        return "triton", "without a GPU there are only the portable kernels"
+    near = [decision for group in (portable, hopper) if (decision := _farthest(group)) is not None]
+    if not near:
+        prefers = prefers_hopper(pass_, key, limits_of(info.arch))
+        return "hopper" if prefers else "triton", "the heuristic for shapes that nobody has tuned"
+    nearest = min(near, key=lambda d: (d.source == "other card", d.distance or 0.0))
+    assert nearest.entry is not None and nearest.table is not None
+    ms = {"triton": _time_at(nearest, KERNELS_OF["triton"][pass_], portable),
+          "hopper": _time_at(nearest, KERNELS_OF["hopper"][pass_], hopper)}
+    where = f"at {nearest.entry.case} of {nearest.table.gpu}'s table"
+    if ms["hopper"] is None or ms["triton"] is None:
+        return "triton" if ms["hopper"] is None else "hopper", f"the only one measured {where}"
+    return "hopper" if ms["hopper"] < ms["triton"] else "triton", (
+        f"the faster one {where}: hopper {ms['hopper']:.4g} ms, triton {ms['triton']:.4g} ms")
+
+
+def _farthest(decisions: tuple[Decision, ...]) -> Decision | None:
+    """Of the kernels of a pass the one whose tuned entry is the farthest from the call; None where one has none."""
+    if any(d.entry is None for d in decisions):
+        return None
+    return max(decisions, key=lambda d: (d.source == "other card", d.distance or 0.0))
+
+
+def _time_at(nearest: Decision, kernels: tuple[Kernel, ...], decisions: tuple[Decision, ...]) -> float | None:
+    """Time in ms of a pass by these kernels at the shape of an entry; None where its table does not have it.
+
+    A backward of two kernels was timed as a whole, or each for itself.
+    """
+    assert nearest.entry is not None and nearest.table is not None
+    if any(d.entry is None for d in decisions):
+        return None  # nothing measured is usable for this call
+    only_same_bits = all(getattr(d.config, "reproducible", True) for d in decisions)
+    entries = [nearest.table.entry(kernel, nearest.entry.key, only_same_bits) for kernel in kernels]
+    known = [entry for entry in entries if entry is not None]
+    if len(known) < len(kernels):
+        return None
+    return known[0].latency_ms if known[0].measured_as in ("fwd", "bwd") else sum(e.latency_ms for e in known)
