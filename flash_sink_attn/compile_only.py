@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import re
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from flash_sink_attn import kernel_cache
 from flash_sink_attn._mode import COMPILE_ONLY, triton
-from flash_sink_attn.config import Kernel, TileConfig
+from flash_sink_attn.config import AnyConfig, Kernel, TileConfig, reproducible
 from flash_sink_attn.kernels import launch
 from flash_sink_attn.layout import Sequences
 from flash_sink_attn.machine_code import disassemble, fault_of
@@ -102,7 +103,7 @@ def set_target(arch: int) -> None:
 
 
 def compile_kernel(
-    kernel: Kernel, config: TileConfig, *, dtype: torch.dtype, batch: int, seqlen_q: int, seqlen_k: int, heads_q: int,
+    kernel: Kernel, config: AnyConfig, *, dtype: torch.dtype, batch: int, seqlen_q: int, seqlen_k: int, heads_q: int,
     heads_kv: int, head_dim: int, head_dim_v: int, window: int | None, varlen: bool = False, sinks: bool = True,
     arch: int = 90,
 ) -> Built:
@@ -122,14 +123,24 @@ def compile_kernel(
     sink = empty(heads_q, dtype=torch.float32) if sinks else None
     sequences = Sequences(batch, seqlen_q, seqlen_k, cu)
     call: dict[str, Any] = {"sequences": sequences, "window": window, "scale": head_dim**-0.5, "config": config}
-    rows = launch.row_statistics(q, sequences)
-    partials = launch.sink_partials(q, k, sequences, config) if sinks else None
     set_target(arch)
     with kernel_cache.watch() as found:
-        if kernel == "fwd":
-            compiled = launch.forward(q, k, v, sink, o, lse, **call)
-        elif kernel == "bwd_dq":
-            compiled = launch.backward_dq(q, k, v, sink, o, lse, o, None, q, rows, partials, **call)
+        if isinstance(config, TileConfig):
+            rows = launch.row_statistics(q, sequences)
+            partials = None
+            if sinks and kernel != "fwd":
+                partials = launch.sink_partials(q, k, sequences, config)
+            if kernel == "fwd":
+                compiled = launch.forward(q, k, v, sink, o, lse, **call)
+            elif kernel == "bwd_dq":
+                compiled = launch.backward_dq(q, k, v, sink, o, lse, o, None, q, rows, partials, **call)
+            else:
+                compiled = launch.backward_dkdv(q, k, v, rows, o, k, v, partials, sink, **call)
+        elif kernel == "hopper_fwd":
+            forward = importlib.import_module("flash_sink_attn.hopper.launch_forward").forward
+            compiled = forward(q, k, v, sink, o, lse, **call)
         else:
-            compiled = launch.backward_dkdv(q, k, v, rows, o, k, v, partials, sink, **call)
+            backward = importlib.import_module("flash_sink_attn.hopper.launch_backward").backward
+            compiled = backward(q, k, v, sink, o, lse, o, None, q, k, v, sink, deterministic=reproducible(config),
+                                **call)
     return _inspect(compiled, cached=found.misses == 0)

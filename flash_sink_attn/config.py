@@ -157,18 +157,20 @@ class HopperBwdConfig(_Config):
         BLOCK_N: keys of a tile, 64 per consumer warpgroup.
         num_stages: tiles of q and do that the producer may be ahead.
         maxnreg: cap on registers per thread, None for the kernel's own choice.
+        FORM: 0 to add dq up outside the program (five products per pair of tiles), 1 to make it in a kernel of its own
+            (seven), 2 for short windows, to keep it in the program that slides over them.
         PIPELINE: which order of the matrix products is used.
-        RECOMPUTE: make dq in a loop of its own (seven products per pair of tiles) in place of adding it up outside the
-            program (five).
-        DETERMINISTIC: add dq up in a fixed order.
+        BUFFERS: tiles of dS that may wait for their product.
+        DETERMINISTIC: with FORM 0, add dq up in a fixed order; the other forms do so by nature.
     """
 
     BLOCK_M: int
     BLOCK_N: int
     num_stages: int = 2
     maxnreg: int | None = None
+    FORM: int = 0
     PIPELINE: int = 0
-    RECOMPUTE: bool = False
+    BUFFERS: int = 2
     DETERMINISTIC: bool = False
 
     @property
@@ -179,7 +181,7 @@ class HopperBwdConfig(_Config):
     @property
     def reproducible(self) -> bool:
         """Whether the same inputs give the same bits."""
-        return self.RECOMPUTE or self.DETERMINISTIC
+        return self.FORM > 0 or self.DETERMINISTIC
 
 
 AnyConfig = TileConfig | HopperFwdConfig | HopperBwdConfig

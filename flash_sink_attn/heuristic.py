@@ -27,10 +27,10 @@ _HOPPER_FWD = (HopperFwdConfig(128, 128), HopperFwdConfig(128, 64), HopperFwdCon
 _HOPPER_FWD_SMALL_DIM = (HopperFwdConfig(192, 128),)
 _HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3), HopperFwdConfig(64, 64))
 _HOPPER_BWD = (HopperBwdConfig(64, 128), HopperBwdConfig(64, 64), HopperBwdConfig(64, 128, DETERMINISTIC=True),
-               HopperBwdConfig(64, 64, DETERMINISTIC=True), HopperBwdConfig(64, 128, RECOMPUTE=True),
-               HopperBwdConfig(64, 64, RECOMPUTE=True))
+               HopperBwdConfig(64, 64, DETERMINISTIC=True), HopperBwdConfig(64, 128, FORM=1),
+               HopperBwdConfig(64, 64, FORM=1))
 _HOPPER_BWD_SMALL_DIM = (HopperBwdConfig(128, 128),)
-_HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 128, RECOMPUTE=True), HopperBwdConfig(64, 64, RECOMPUTE=True))
+_HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 128, FORM=1), HopperBwdConfig(64, 64, FORM=1))
 
 # Tried in order until one fits, the special ones first. From measurements on an H100: small tiles with a deep pipeline
 # beat 128 x 128; a first operand in registers (REGISTER_A) halves what the matrix unit reads from shared memory, but

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from flash_sink_attn import dispatch
-from flash_sink_attn.config import KERNELS_OF, AttnConfig, Impl, Kernel, Pass, limits_of, reject_reason
+from flash_sink_attn.config import KERNELS_OF, AttnConfig, Impl, Pass, limits_of, reject_reason
 from flash_sink_attn.dispatch import Decision
 from flash_sink_attn.heuristic import prefers_hopper
 from flash_sink_attn.hopper import support
@@ -139,8 +139,8 @@ def wanted(
         return "hopper" if prefers else "triton", "the heuristic for shapes that nobody has tuned"
     nearest = min(near, key=lambda d: (d.source == "other card", d.distance or 0.0))
     assert nearest.entry is not None and nearest.table is not None
-    ms = {"triton": _time_at(nearest, KERNELS_OF["triton"][pass_], portable),
-          "hopper": _time_at(nearest, KERNELS_OF["hopper"][pass_], hopper)}
+    ms = {"triton": _time_at(nearest, "triton", pass_, portable),
+          "hopper": _time_at(nearest, "hopper", pass_, hopper)}
     where = f"at {nearest.entry.case} of {nearest.table.gpu}'s table"
     if ms["hopper"] is None or ms["triton"] is None:
         return "triton" if ms["hopper"] is None else "hopper", f"the only one measured {where}"
@@ -155,8 +155,8 @@ def _farthest(decisions: tuple[Decision, ...]) -> Decision | None:
     return max(decisions, key=lambda d: (d.source == "other card", d.distance or 0.0))
 
 
-def _time_at(nearest: Decision, kernels: tuple[Kernel, ...], decisions: tuple[Decision, ...]) -> float | None:
-    """Time in ms of a pass by these kernels at the shape of an entry; None where its table does not have it.
+def _time_at(nearest: Decision, impl: Impl, pass_: Pass, decisions: tuple[Decision, ...]) -> float | None:
+    """Time in ms of a pass by an implementation at the shape of an entry; None where its table does not have it.
 
     A backward of two kernels was timed as a whole, or each for itself.
     """
@@ -164,8 +164,10 @@ def _time_at(nearest: Decision, kernels: tuple[Kernel, ...], decisions: tuple[De
     if any(d.entry is None for d in decisions):
         return None  # nothing measured is usable for this call
     only_same_bits = all(getattr(d.config, "reproducible", True) for d in decisions)
+    kernels = KERNELS_OF[impl][pass_]
     entries = [nearest.table.entry(kernel, nearest.entry.key, only_same_bits) for kernel in kernels]
     known = [entry for entry in entries if entry is not None]
     if len(known) < len(kernels):
         return None
-    return known[0].latency_ms if known[0].measured_as in ("fwd", "bwd") else sum(e.latency_ms for e in known)
+    whole = next((entry for entry in known if entry.measured_as == pass_), None)
+    return sum(entry.latency_ms for entry in known) if whole is None else whole.latency_ms

@@ -27,6 +27,7 @@ from sweeps.tables import (
     model_label,
     number,
     percent,
+    with_impl,
 )
 
 Record = dict[str, Any]
@@ -151,7 +152,7 @@ def _cell(r: CaseResult, m: int, n: int, found: Measured | str) -> Record:
     registers, spills = found.row.get("registers"), found.row.get("spills")
     return {
         "m": m, "n": n, "text": number(found.latency_ms), "rest": config_label(found.config).partition(" ")[2],
-        "ratio": ratio, "best": found is r.best, "config": found.label, "interval": interval_text(found),
+        "ratio": ratio, "best": found is r.best, "config": with_impl(found), "interval": interval_text(found),
         "over": f"{number(ratio)}x the best", "registers": f"{registers}, {spills} spilled" if registers else "",
     }
 

@@ -17,7 +17,7 @@ from flash_sink_attn.dispatch import decide
 from flash_sink_attn.tuned_table import TunedTable
 from sweeps.cases import Case
 from sweeps.export import default_path
-from sweeps.ours import PARTS, Triton
+from sweeps.ours import LAUNCHES, Triton
 from sweeps.regret import call_key
 
 
@@ -29,7 +29,7 @@ class Dispatched(Triton):
 
     def default_config(self, case: Case, arch: int) -> dict[str, Any]:
         """What a call of this shape would use on the table's card, in the form of a trial's config."""
-        kernels: tuple[Kernel, ...] = PARTS[case.pass_]
+        kernels: tuple[Kernel, ...] = LAUNCHES["triton"][case.pass_]
         key, limits = call_key(case), limits_of(arch)
         tiles: dict[str, dict[str, Any]] = {
             kernel: decide(kernel, key, limits, self.table).config.to_dict() for kernel in kernels}

@@ -23,6 +23,8 @@ PEERS = ("flash-attn", "flash-attn-3", "tokenspeed-fa3", "flash-attn-4", "nvidia
 _TRITON_PLACES = ("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_DUMP_DIR", "TRITON_OVERRIDE_DIR")
 
 # What of the environment belongs to a row's key. Everything else in it is for the reader.
+# Besides the kernels: what decides with which configuration, and how, they are launched.
+_DECIDING = ("config", "dispatch", "heuristic", "selection", "calls", "launcher", "replay", "layout", "api")
 _KEY_FIELDS = ("gpu", "sm_count", "memory_bytes", "driver", "cuda", "torch", "triton", "kernel_source", "timing_mode",
                "triton_env")
 
@@ -36,19 +38,21 @@ def environment(device: int = 0) -> dict[str, Any]:
         gpu ("cpu" without CUDA), gpu_uuid, sm_count, memory_bytes, l2_bytes, shared_bytes_per_block, arch (sm number
         such as 90; None without CUDA), driver, cuda, torch, triton, python, platform, cpu_count, packages (peers that
         are installed), git_commit and git_dirty (None outside a checkout), kernel_source (hash of the kernels'
-        source), kernel_code (hash of what of it runs on the GPU, as tuned tables name it), timing_mode and triton_env.
+        source), kernel_code and hopper_kernel_code (hashes of what of it runs on the GPU, as tuned tables name them),
+        timing_mode and triton_env.
         What cannot be found out is None.
     """
     import torch
 
-    from flash_sink_attn.kernel_code import kernel_code_hash
+    from flash_sink_attn.kernel_code import CODE_FIELD, kernel_code_hash
 
     found: dict[str, Any] = {
         "gpu": "cpu", "gpu_uuid": None, "sm_count": None, "memory_bytes": None, "l2_bytes": None,
         "shared_bytes_per_block": None, "arch": None, "driver": None, "cuda": torch.version.cuda,
         "torch": torch.__version__, "triton": version_of("triton"), "python": platform.python_version(),
         "platform": platform.platform(), "cpu_count": len(os.sched_getaffinity(0)), "packages": _installed(PEERS),
-        "kernel_source": kernel_source_hash(), "kernel_code": kernel_code_hash(), "timing_mode": INTERPRETER_MODE,
+        "kernel_source": kernel_source_hash(), **{field: kernel_code_hash(impl) for impl, field in CODE_FIELD.items()},
+        "timing_mode": INTERPRETER_MODE,
         "triton_env": {name: value for name, value in sorted(os.environ.items())
                        if name.startswith("TRITON_") and name not in _TRITON_PLACES},
     }
@@ -81,8 +85,8 @@ def row_key(trial_id: str, versions: Mapping[str, str], env: Mapping[str, Any]) 
 def kernel_source_hash(root: Path | None = None) -> str:
     """Twelve hex digits over the files of flash_sink_attn that decide what a launch computes and how fast."""
     package = (root or _ROOT) / "flash_sink_attn"
-    files = sorted((package / "kernels").rglob("*.py"))
-    files += [package / name for name in ("config.py", "dispatch.py", "api.py") if (package / name).is_file()]
+    files = [file for folder in ("kernels", "hopper") for file in sorted((package / folder).rglob("*.py"))]
+    files += [package / f"{name}.py" for name in _DECIDING if (package / f"{name}.py").is_file()]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")

@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import flash_sink_attn.tuned_table as tuned_table
-from flash_sink_attn.config import Kernel, TileConfig
+from flash_sink_attn.config import CONFIG_CLASS, IMPLS, KERNELS_OF, Impl, Kernel, reproducible
 from flash_sink_attn.devices import gpu_slug
-from flash_sink_attn.kernel_code import kernel_code_hash
+from flash_sink_attn.kernel_code import CODE_FIELD, kernel_code_hash
 from flash_sink_attn.nearest import family
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
 from sweeps.cases import Case
 from sweeps.cover import smallest_cover
 from sweeps.environment import kernel_source_hash
 from sweeps.measured import Measured, config_json
-from sweeps.ours import shape_key
+from sweeps.ours import kernel_of, shape_key
 from sweeps.select import CaseResult, Selection, select_run
 from sweeps.store import read_environment
 
-IMPLEMENTATION = "triton"   # whose configurations the table holds
-BACKWARD: tuple[Kernel, ...] = ("bwd_dq", "bwd_dkdv")
+BACKWARD: tuple[Kernel, ...] = KERNELS_OF["triton"]["bwd"]
 TOLERANCE = 0.01    # how much slower than the best a configuration may be that stands for several shapes
-_PROVENANCE = ("sm_count", "driver", "cuda", "torch", "triton", "kernel_source", "kernel_code", "timing_mode",
+_PROVENANCE = ("sm_count", "driver", "cuda", "torch", "triton", "kernel_source", *CODE_FIELD.values(), "timing_mode",
                "git_commit")
 
 
@@ -82,10 +81,11 @@ def export(run_dir: Path, to: Path | None = None, *, tolerance: float = TOLERANC
     selection = select_run(run_dir).on(gpu)
     entries = table_entries(selection, run, tolerance)
     if not entries:
-        raise ValueError(f"run: {run_dir} has no timed winner of {IMPLEMENTATION!r}, so there is nothing to export")
+        raise ValueError(f"run: {run_dir} has no timed winner of {' or '.join(IMPLS)}, so there is nothing to export")
     provenance = {"date": env.get("started"), "gpu_name": gpu, **{name: env.get(name) for name in _PROVENANCE}}
-    if provenance["kernel_code"] is None and provenance["kernel_source"] == kernel_source_hash():
-        provenance["kernel_code"] = kernel_code_hash()  # the run is older than this field, but of this very source
+    for impl, field in CODE_FIELD.items():
+        if provenance[field] is None and provenance["kernel_source"] == kernel_source_hash():
+            provenance[field] = kernel_code_hash(impl)  # the run is older than this field, but of this very source
     path = default_path(slug) if to is None else Path(to)
     new = TunedTable.build(slug, entries, {run: provenance}, str(path), env.get("arch"))
     table = merge(TunedTable.load(path), new) if path.exists() else new
@@ -130,13 +130,19 @@ class _Slot:
     candidates: tuple[_Candidate, ...]
 
     @property
+    def place(self) -> tuple[str, ShapeKey]:
+        """What of a table it fills: see :attr:`flash_sink_attn.tuned_table.Entry.slot`."""
+        return next(_entry(self, c, "") for c in self.candidates).slot
+
+    @property
     def measured_as(self) -> str:
         """What the winner was measured as, and with it the default."""
         return self.candidates[0].measured_as
 
 
 def table_entries(selection: Selection, run: str, tolerance: float = TOLERANCE) -> list[Entry]:
-    """One entry per kernel and key.
+    """One entry per kernel and key, of both implementations, so that a call can compare them; of a Hopper backward that
+    gives other bits each time a second one, the fastest that gives the same.
 
     Of each family (see :func:`flash_sink_attn.nearest.family`) the fewest configurations are used with which every case
     has one that was timed at most ``tolerance`` slower than its best, and every case gets the fastest of those:
@@ -149,15 +155,16 @@ def table_entries(selection: Selection, run: str, tolerance: float = TOLERANCE) 
     faster.
     """
     slots: dict[tuple[str, ShapeKey], _Slot] = {}
-    ordered = sorted((r for r in selection.results if r.case.pass_ in ("fwd", "bwd", *BACKWARD)),
-                     key=lambda r: (not r.case.sinks, r.case.pass_ in BACKWARD, -_tokens(r.case), _own_time(r)))
     parts = {r.case.id: r for r in selection.results}
-    for result in ordered:
-        for slot in _slots_of(result, parts, tolerance):
-            slots.setdefault((slot.kernel, slot.key), slot)
+    for impl in IMPLS:
+        ordered = sorted((r for r in selection.results if r.case.pass_ in ("fwd", "bwd", *BACKWARD)), key=lambda r: (
+            not r.case.sinks, r.case.pass_ in BACKWARD, -_tokens(r.case), _own_time(r, impl)))
+        for result in ordered:
+            for slot in _slots_of(result, impl, parts, tolerance):
+                slots.setdefault(slot.place, slot)
     families: dict[tuple[Any, ...], list[_Slot]] = {}
-    for slot in slots.values():
-        families.setdefault(family(slot.kernel, slot.key), []).append(slot)
+    for (name, _), slot in slots.items():
+        families.setdefault((name, *family(slot.kernel, slot.key)), []).append(slot)
     return [entry for members in families.values() for entry in _entries_of(members, run)]
 
 
@@ -165,29 +172,44 @@ def _entries_of(slots: list[_Slot], run: str) -> Iterator[Entry]:
     options = [{config_json(c.config): c for c in reversed(slot.candidates)} for slot in slots]
     chosen = smallest_cover([{text: c.ratio for text, c in of.items()} for of in options])
     for slot, of, text in zip(slots, options, chosen, strict=True):
-        c = of[text]
-        default_ms = slot.default_ms if c.measured_as == slot.measured_as else None
-        yield Entry(kernel=slot.kernel, key=slot.key, config=TileConfig.from_dict(c.config), latency_ms=c.latency_ms,
-                    measured_as=c.measured_as, default_ms=default_ms, case=slot.case, run=run,
-                    best_ms=min(c.best_ms, c.latency_ms))
+        yield _entry(slot, of[text], run)
+
+
+def _entry(slot: _Slot, c: _Candidate, run: str) -> Entry:
+    default_ms = slot.default_ms if c.measured_as == slot.measured_as else None
+    return Entry(kernel=slot.kernel, key=slot.key, config=CONFIG_CLASS[slot.kernel].from_dict(c.config),
+                 latency_ms=c.latency_ms, measured_as=c.measured_as, default_ms=default_ms, case=slot.case, run=run,
+                 best_ms=min(c.best_ms, c.latency_ms))
 
 
 def _tokens(case: Case) -> int:
     return sum(case.seqlens) if case.varlen else case.batch * case.seqlen_q
 
 
-def _own_time(result: CaseResult) -> float:
-    return min((m.latency_ms for m in result.ranked if m.impl == IMPLEMENTATION), default=float("inf"))
+def _own_time(result: CaseResult, impl: str) -> float:
+    return min((m.latency_ms for m in result.ranked if m.impl == impl), default=float("inf"))
 
 
-def _slots_of(result: CaseResult, by_id: Mapping[str, CaseResult], tolerance: float) -> Iterator[_Slot]:
-    ranked = [m for m in result.ranked if m.impl == IMPLEMENTATION]
+def _slots_of(result: CaseResult, impl: Impl, by_id: Mapping[str, CaseResult], tolerance: float) -> Iterator[_Slot]:
+    ranked = [m for m in result.ranked if m.impl == impl]
     if not ranked or not ranked[0].config:
         return
-    case, default_ms = result.case, result.default.latency_ms if result.default else None
-    if case.pass_ != "bwd":
+    case = result.case
+    default_ms = next((m.latency_ms for m in (result.default, *ranked) if m is not None and m.impl == impl
+                       and m.row.get("is_default")), None)
+    kernel = kernel_of(impl, case.pass_)
+    if kernel is not None:
         candidates = _near(ranked, ranked[0], tolerance, case.pass_)
-        yield _Slot(case.pass_, shape_key(case), case.id, default_ms, candidates)  # type: ignore[arg-type]
+        if kernel != "hopper_bwd":
+            yield _Slot(kernel, shape_key(case), case.id, default_ms, candidates)
+            return
+        same_bits = [m for m in ranked if m.config and reproducible(CONFIG_CLASS[kernel].from_dict(m.config))]
+        if ranked[0] not in same_bits:
+            others = tuple(c for c in candidates if not reproducible(CONFIG_CLASS[kernel].from_dict(c.config)))
+            yield _Slot(kernel, shape_key(case), case.id, default_ms, others)
+        if same_bits:
+            candidates = _near(same_bits, same_bits[0], tolerance, case.pass_)
+            yield _Slot(kernel, shape_key(case), case.id, default_ms, candidates)
         return
     best = ranked[0]
     for kernel in BACKWARD:
@@ -195,7 +217,7 @@ def _slots_of(result: CaseResult, by_id: Mapping[str, CaseResult], tolerance: fl
             continue
         winner = _Candidate(best.config[kernel], best.latency_ms, best.latency_ms, "bwd")
         part = by_id.get(case.with_pass(kernel).id)
-        timed = [m for m in part.ranked if m.impl == IMPLEMENTATION] if part else []
+        timed = [m for m in part.ranked if m.impl == impl] if part else []
         same = next((m for m in timed if config_json(m.config) == config_json(winner.config)), None)
         others = () if same is None else tuple(c for c in _near(timed, same, tolerance, kernel)
                                                if config_json(c.config) != config_json(winner.config))

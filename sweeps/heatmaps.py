@@ -19,7 +19,7 @@ from sweeps.plot_style import INK, OURS, PALE, PANELS_PER_ROW, chunks, figure_of
 from sweeps.select import CaseResult, Measured, Selection, config_label
 from sweeps.tables import family_key, grouped, length_label, mask_label, number
 
-TILED_PASSES = ("fwd", "bwd_dq", "bwd_dkdv")
+TILED_PASSES = ("fwd", "bwd_dq", "bwd_dkdv", "bwd")     # the last where one kernel does all of it
 
 
 def heatmap_figures(selection: Selection) -> dict[str, Figure]:

@@ -37,7 +37,7 @@ def heldout(run_dir: Path, table: Path | None = None) -> list[Pick]:
 
     found = picks(select_run(run_dir).on(env["gpu"]), choose, limits)
     if not found:
-        raise ValueError(f"run: {run_dir} has no timed case of fwd, bwd_dq or bwd_dkdv of ours")
+        raise ValueError(f"run: {run_dir} has no timed case of a single kernel of ours")
     return found
 
 

@@ -11,13 +11,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from flash_sink_attn.config import KERNELS, AnyConfig, Kernel, limits_of
+from flash_sink_attn.config import IMPLS, KERNELS, AnyConfig, Kernel, limits_of
 from flash_sink_attn.devices import gpu_slug
-from flash_sink_attn.dispatch import Decision, decide, heuristic
+from flash_sink_attn.dispatch import Decision, decide
+from flash_sink_attn.heuristic import heuristic
 from flash_sink_attn.nearest import FARTHEST, distance, family
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
 from sweeps.cases import Case
 from sweeps.export import table_entries
+from sweeps.ours import kernel_of
 from sweeps.regret import Pick, call_key, case_table, csv_text, picks, summary_table, times_of
 from sweeps.select import Selection, select_run
 from sweeps.spec import DEFAULT_ARCH
@@ -82,8 +84,10 @@ def _pairs(selection: Selection, arch: int) -> list[tuple[tuple[str, ...], float
     entries = {(e.kernel, e.key): e for e in table_entries(selection, "run", 0.0)}
     for result in selection.results:
         key = call_key(result.case)
-        if result.case.pass_ in KERNELS and (entry := entries.get((result.case.pass_, key))) is not None:
-            timed[entry.kernel].append((key, times_of(result), entry))
+        for impl in IMPLS:
+            kernel = kernel_of(impl, result.case.pass_)
+            if kernel is not None and (entry := entries.get((kernel, key))) is not None:
+                timed[kernel].append((key, times_of(result, kernel), entry))
     for kernel, cases in timed.items():
         for key, times, entry in cases:
             best = min(times.values())
@@ -109,7 +113,7 @@ def ladder_report(run_dir: Path) -> str:
     selection, arch = select_run(run_dir).on(env["gpu"]), env.get("arch") or DEFAULT_ARCH
     found = leave_one_out(selection, gpu_slug(env["gpu"]), arch)
     if not found:
-        raise ValueError(f"run: {run_dir} has no timed case of fwd, bwd_dq or bwd_dkdv of ours")
+        raise ValueError(f"run: {run_dir} has no timed case of a single kernel of ours")
     text = "\n\n".join([
         f"Leave-one-out on {run_dir.resolve().name} ({env['gpu']}): time of what the ladder chooses without the case's "
         "own entry, over the best measured. The heuristic was written with H100 runs in view, so beside an H100 run of "

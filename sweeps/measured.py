@@ -7,14 +7,20 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flash_sink_attn.config import KERNELS, HopperBwdConfig, HopperFwdConfig, TileConfig
 from sweeps.cases import Case
 from sweeps.measure import median_interval
 
 TILE_COLUMNS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 BACKWARD_KERNELS = {"dq": "bwd_dq", "dkdv": "bwd_dkdv"}
-# Of TileConfig, beyond TILE_COLUMNS; written out, so that reading a run needs no kernel.
-TILE_DEFAULTS = {"PACK_GQA": False, "SPLIT_LOOPS": True, "maxnreg": None, "TMA": False, "REGISTER_A": False}
-_SHORT = {"PACK_GQA": "pack", "SPLIT_LOOPS": "oneloop", "TMA": "tma", "REGISTER_A": "rega"}
+# Of the configurations of our kernels, beyond TILE_COLUMNS: what a field that is not given means.
+TILE_DEFAULTS: dict[str, Any] = {
+    field.name: field.default for config in (TileConfig, HopperFwdConfig, HopperBwdConfig)
+    for field in dataclasses.fields(config) if field.name not in TILE_COLUMNS}
+# How a field that is not at its default is said; {} stands for its value.
+_SAID = {"PACK_GQA": "pack", "SPLIT_LOOPS": "oneloop", "maxnreg": "r{}", "TMA": "tma", "REGISTER_A": "rega",
+         "PROGRAMS_PER_SM": "p{}", "OVERLAP": "nooverlap", "FORM": "form{}", "PIPELINE": "pipe{}", "BUFFERS": "b{}",
+         "DETERMINISTIC": "det"}
 
 Row = dict[str, Any]
 
@@ -27,11 +33,11 @@ def config_json(config: Mapping[str, Any]) -> str:
 def config_label(config: Mapping[str, Any]) -> str:
     """A configuration for people: ``64x32 w4 s3 pack``; for a backward ``dq 64x64 w4 s3 | dkdv 32x64 w4 s3``.
 
-    Beyond tile sizes, warps and stages it shows only what is not TileConfig's default.
+    Beyond tile sizes, warps and stages it shows only what is not the default of the kernel's configurations.
     """
-    nested = [k for k in ("fwd", *BACKWARD_KERNELS.values()) if isinstance(config.get(k), Mapping)]
+    nested = [k for k in KERNELS if isinstance(config.get(k), Mapping)]
     if nested:
-        return " | ".join(f"{k.removeprefix('bwd_')} {config_label(config[k])}" for k in nested)
+        return " | ".join(f"{_kernel_label(k)} {config_label(config[k])}" for k in nested)
     if not {"BLOCK_M", "BLOCK_N"} <= set(config):
         return " ".join(f"{k}={v}" for k, v in sorted(config.items())) or "default"
     parts = [f"{config['BLOCK_M']}x{config['BLOCK_N']}"]
@@ -39,9 +45,13 @@ def config_label(config: Mapping[str, Any]) -> str:
     for name, default in TILE_DEFAULTS.items():
         value = config.get(name, default)
         if value != default:
-            parts.append(f"r{value}" if name == "maxnreg" else _SHORT[name])
+            parts.append(_SAID.get(name, f"{name}={{}}").format(value))
     others = sorted(set(config) - set(TILE_COLUMNS) - set(TILE_DEFAULTS))
     return " ".join(parts + [f"{name}={config[name]}" for name in others])
+
+
+def _kernel_label(kernel: str) -> str:
+    return kernel.removeprefix("hopper_").removeprefix("bwd_")
 
 
 def interval(samples: Sequence[float], median: float) -> tuple[float, float]:

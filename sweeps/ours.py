@@ -1,13 +1,27 @@
-"""Our portable Triton kernels as implementations: their passes, tunables and calls."""
+"""Our two families of kernels as implementations: their passes, tunables and calls."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flash_sink_attn.config import PORTABLE, AttnConfig, Kernel, TileConfig, limits_of, reject_reason
+from flash_sink_attn.config import (
+    CONFIG_CLASS,
+    HOPPER_HEAD_DIMS,
+    AnyConfig,
+    AttnConfig,
+    HopperBwdConfig,
+    HopperFwdConfig,
+    Impl,
+    Kernel,
+    TileConfig,
+    limits_of,
+    reject_reason,
+    reproducible,
+)
 from sweeps.cases import Case
 from sweeps.implementation import Inputs, Prepared
 
@@ -17,9 +31,10 @@ if TYPE_CHECKING:
     from flash_sink_attn.tuned_table import ShapeKey
 
 # The kernels each pass launches, in order.
-PARTS: dict[str, tuple[Kernel, ...]] = {
-    "fwd": ("fwd",), "bwd_dq": ("bwd_dq",), "bwd_dkdv": ("bwd_dkdv",), "bwd": ("bwd_dq", "bwd_dkdv"),
-    "fwd_bwd": ("fwd", "bwd_dq", "bwd_dkdv"),
+LAUNCHES: dict[Impl, dict[str, tuple[Kernel, ...]]] = {
+    "triton": {"fwd": ("fwd",), "bwd_dq": ("bwd_dq",), "bwd_dkdv": ("bwd_dkdv",), "bwd": ("bwd_dq", "bwd_dkdv"),
+               "fwd_bwd": ("fwd", "bwd_dq", "bwd_dkdv")},
+    "hopper": {"fwd": ("hopper_fwd",), "bwd": ("hopper_bwd",), "fwd_bwd": ("hopper_fwd", "hopper_bwd")},
 }
 
 
@@ -27,31 +42,44 @@ class MiscompiledError(RuntimeError):
     """A kernel that was built and would compute wrong values; it must not be timed, and not be run."""
 
 
-def tiles_of(case: Case, config: Mapping[str, Any]) -> AttnConfig:
+def tiles_of(case: Case, config: Mapping[str, Any], impl: Impl = "triton") -> AttnConfig:
     """A trial's config as an AttnConfig: flat for a pass of one kernel, else by kernel name; {} = heuristic."""
-    parts = PARTS[case.pass_]
+    kernels = LAUNCHES[impl][case.pass_]
     if not config:
         return AttnConfig()
-    if len(parts) == 1:
-        return AttnConfig.from_dict({parts[0]: config})
-    return AttnConfig.from_dict(config)
+    return AttnConfig.from_dict({kernels[0]: config} if len(kernels) == 1 else config)
 
 
-class Triton:
-    """``impl`` triton: flash_sink_attn.kernels. Configurations are TileConfig fields; {} is the heuristic."""
+def kernel_of(impl: str, pass_: str) -> Kernel | None:
+    """The kernel that a pass of one of ours is, None for a pass of several and for a peer."""
+    kernels = LAUNCHES.get(impl, {}).get(pass_, ())  # type: ignore[call-overload]
+    return kernels[0] if len(kernels) == 1 else None
 
-    name = "triton"
+
+def num_warps(impl: str, pass_: str, config: Mapping[str, Any]) -> int | None:
+    """Warps of a program with this configuration: the Hopper kernels' follow from their tiles."""
+    kernel = kernel_of(impl, pass_)
+    if "num_warps" in config or kernel is None or not {"BLOCK_M", "BLOCK_N"} <= set(config):
+        return config.get("num_warps")
+    return CONFIG_CLASS[kernel].from_dict(config).num_warps
+
+
+class Ours:
+    """What both families have in common. Configurations are the fields of the kernel's class; {} is the heuristic."""
+
+    name: Impl
     is_flash = False
+    # Passes that are composed of others, which are tuned first: what of whose configuration goes under which name.
+    wholes: Mapping[str, Mapping[str, Kernel]]
 
     def unavailable(self) -> str | None:
-        """None also without a GPU, where the kernels run in Triton's interpreter, unless NumPy is too new for it."""
-        from flash_sink_attn import _mode
-
-        return _mode.PROBLEM
+        raise NotImplementedError
 
     def unsupported(self, case: Case) -> str | None:
-        """None: every case is within the kernels' range, which is checked when it is described."""
-        return None
+        raise NotImplementedError
+
+    def space(self, case: Case) -> Iterable[dict[str, Any]]:
+        raise NotImplementedError
 
     def versions(self) -> dict[str, str]:
         """The package's version; the kernels' source hash is part of the environment."""
@@ -59,34 +87,29 @@ class Triton:
 
         return {"flash_sink_attn": flash_sink_attn.__version__}
 
-    def space(self, case: Case) -> Iterable[dict[str, Any]]:
-        """A grid around what is known to be good, for a sweep that names no tiles."""
-        if len(PARTS[case.pass_]) > 1:
-            return []  # composed of its parts' winners
-        grids = {"fwd": ((64, 128), (32, 64, 128)), "bwd_dq": ((64, 128), (32, 64, 128)),
-                 "bwd_dkdv": ((32, 64), (64, 128))}[case.pass_]
-        pack = (False, True) if case.pass_ == "fwd" and case.window and case.heads_q > case.heads_kv else (False,)
-        split = (False, True) if case.window else (True,)
-        return [TileConfig(m, n, w, s, PACK_GQA=p, SPLIT_LOOPS=x).to_dict()
-                for m, n in itertools.product(*grids) for w, s, p, x in itertools.product((4, 8), (2, 3), pack, split)]
+    def kernel_of(self, pass_: str) -> Kernel | None:
+        """The kernel that a pass is, None for one of several."""
+        return kernel_of(self.name, pass_)
 
     def default_config(self, case: Case, arch: int) -> dict[str, Any]:
         """What the dispatcher's heuristic would use, in the form of a trial's config."""
-        tiles: dict[str, dict[str, Any]] = {kernel: tile.to_dict() for kernel, tile in _tiles(case, {}, arch).items()}
-        return tiles if len(tiles) > 1 else tiles[PARTS[case.pass_][0]]
+        tiles: dict[str, dict[str, Any]] = {
+            kernel: tile.to_dict() for kernel, tile in self.tiles(case, {}, arch).items()}
+        return tiles if len(tiles) > 1 else next(iter(tiles.values()))
 
     def rejected(self, case: Case, config: Mapping[str, Any], arch: int) -> str | None:
         """The launcher's own validity rule."""
         try:
-            tiles = tiles_of(case, config)
+            tiles = tiles_of(case, config, self.name)
         except ValueError as error:
             return str(error)
-        for kernel in PARTS[case.pass_]:
+        kernels = LAUNCHES[self.name][case.pass_]
+        for kernel in kernels:
             tile = getattr(tiles, kernel)
             reason = tile and reject_reason(tile, kernel, head_dim=case.head_dim, head_dim_v=case.head_dim_v,
                                             group=case.heads_q // case.heads_kv, limits=limits_of(arch))
             if reason:
-                return f"{kernel}: {reason}" if len(PARTS[case.pass_]) > 1 else reason
+                return f"{kernel}: {reason}" if len(kernels) > 1 else reason
         return None
 
     def compile(self, case: Case, config: Mapping[str, Any], arch: int) -> dict[str, Any]:
@@ -100,30 +123,106 @@ class Triton:
         from flash_sink_attn.compile_only import compile_kernel
 
         varlen = bool(case.varlen)
+        tiles = self.tiles(case, config, arch)
         built = [compile_kernel(
             kernel, tile, dtype=getattr(torch, case.dtype), batch=case.batch,
             seqlen_q=sum(case.seqlens) if varlen else case.seqlen_q,
             seqlen_k=sum(case.seqlens) if varlen else case.seqlen_k, heads_q=case.heads_q, heads_kv=case.heads_kv,
             head_dim=case.head_dim, head_dim_v=case.head_dim_v, window=case.window, varlen=varlen, sinks=case.sinks,
-            arch=arch) for kernel, tile in _tiles(case, config, arch).items()]
+            arch=arch) for kernel, tile in tiles.items()]
         if fault := next((b.fault for b in built if b.fault), None):
             raise MiscompiledError(f"the compiler made wrong machine code: {fault}")
         return {**{name: max(getattr(b, name) for b in built) for name in ("registers", "spills", "shared_bytes")},
                 **{name: sum(getattr(b, name) for b in built) for name in ("hgmma", "tma", "local", "mufu",
                                                                            "instructions")},
+                **({"threads": 32 * next(iter(tiles.values())).num_warps} if len(tiles) == 1 else {}),
                 "cache_hit": all(b.cached for b in built), "binary": "-".join(b.binary for b in built)}
 
+    def tiles(self, case: Case, config: Mapping[str, Any], arch: int) -> dict[Kernel, AnyConfig]:
+        """The configuration of every kernel of the pass."""
+        from flash_sink_attn.heuristic import heuristic
+
+        chosen, key = tiles_of(case, config, self.name), shape_key(case)
+        return {kernel: getattr(chosen, kernel) or heuristic(kernel, key, limits_of(arch))
+                for kernel in LAUNCHES[self.name][case.pass_]}
+
     def prepare(self, case: Case, config: Mapping[str, Any], inputs: Inputs) -> Prepared:
-        """Allocate the outputs and bind the launches; a backward runs its forward here, with the heuristic's tiles."""
-        return _Call(case, config, inputs).prepared()
+        """Allocate the outputs and bind the launches; a backward runs the portable forward here, with the heuristic's
+        tiles."""
+        from flash_sink_attn.dispatch import device_info
+
+        arch = device_info(inputs.q.device).arch
+        own = self.tiles(case, config, arch)
+        earlier = TRITON.tiles(dataclasses.replace(case, pass_="fwd_bwd"), {}, arch)
+        return _Call(case, LAUNCHES[self.name][case.pass_], {**earlier, **own}, inputs).prepared()
 
 
-def _tiles(case: Case, config: Mapping[str, Any], arch: int) -> dict[Kernel, Any]:
-    """The tile configuration of every kernel of the pass."""
-    from flash_sink_attn.dispatch import heuristic
+class Triton(Ours):
+    """``impl`` triton: flash_sink_attn.kernels, which run everywhere."""
 
-    chosen, key = tiles_of(case, config), shape_key(case)
-    return {kernel: getattr(chosen, kernel) or heuristic(kernel, key, limits_of(arch)) for kernel in PARTS[case.pass_]}
+    name: Impl = "triton"
+    wholes = {"bwd": {"bwd_dq": "bwd_dq", "bwd_dkdv": "bwd_dkdv"},
+              "fwd_bwd": {"fwd": "fwd", "bwd_dq": "bwd_dq", "bwd_dkdv": "bwd_dkdv"}}
+
+    def unavailable(self) -> str | None:
+        """None also without a GPU, where the kernels run in Triton's interpreter, unless NumPy is too new for it."""
+        from flash_sink_attn import _mode
+
+        return _mode.PROBLEM
+
+    def unsupported(self, case: Case) -> str | None:
+        """None: every case is within the kernels' range, which is checked when it is described."""
+        return None
+
+    def space(self, case: Case) -> Iterable[dict[str, Any]]:
+        """A grid around what is known to be good, for a sweep that names no tiles."""
+        if case.pass_ in self.wholes:
+            return []  # composed of its parts' winners
+        grids = {"fwd": ((64, 128), (32, 64, 128)), "bwd_dq": ((64, 128), (32, 64, 128)),
+                 "bwd_dkdv": ((32, 64), (64, 128))}[case.pass_]
+        pack = (False, True) if case.pass_ == "fwd" and case.window and case.heads_q > case.heads_kv else (False,)
+        split = (False, True) if case.window else (True,)
+        return [TileConfig(m, n, w, s, PACK_GQA=p, SPLIT_LOOPS=x).to_dict()
+                for m, n in itertools.product(*grids) for w, s, p, x in itertools.product((4, 8), (2, 3), pack, split)]
+
+
+class Hopper(Ours):
+    """``impl`` hopper: flash_sink_attn.hopper, for Hopper cards."""
+
+    name: Impl = "hopper"
+    wholes = {"fwd_bwd": {"fwd": "hopper_fwd", "bwd": "hopper_bwd"}}
+
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run them: its device, or its Triton's Gluon."""
+        import torch
+
+        from flash_sink_attn import _mode
+        from flash_sink_attn.hopper import support
+
+        if _mode.COMPILE_ONLY:
+            return support.gluon_problem()
+        return support.device_problem(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+    def unsupported(self, case: Case) -> str | None:
+        """Parts of a backward, which is one kernel here, and head dims that nobody wrote it for."""
+        if case.pass_ not in LAUNCHES["hopper"]:
+            return "the Hopper backward makes all gradients in one: it has no such part"
+        if (case.head_dim, case.head_dim_v) not in HOPPER_HEAD_DIMS:
+            return f"the Hopper kernels do not have the head dims {case.head_dim}/{case.head_dim_v}"
+        return None
+
+    def space(self, case: Case) -> Iterable[dict[str, Any]]:
+        """A grid around what is known to be good, for a sweep that names no tiles."""
+        if case.pass_ in self.wholes:
+            return []  # composed of its parts' winners
+        if case.pass_ == "bwd":
+            return [HopperBwdConfig(m, n, s, FORM=form).to_dict() for m, n, s, form in itertools.product(
+                (64, 128), (64, 128), (1, 2), (0, 1) if case.window else (0,))]
+        if case.window:
+            pack = (False, True) if case.heads_q > case.heads_kv else (False,)
+            return [HopperFwdConfig(m, 64, PACK_GQA=p, PROGRAMS_PER_SM=programs).to_dict()
+                    for m, p, programs in itertools.product((64, 128), pack, (0, 2, 3))]
+        return [HopperFwdConfig(m, n).to_dict() for m, n in itertools.product((128, 192), (64, 128))]
 
 
 def shape_key(case: Case) -> ShapeKey:
@@ -137,20 +236,23 @@ def shape_key(case: Case) -> ShapeKey:
 
 
 class _Call:
-    """The buffers and launches of one trial."""
+    """The buffers and launches of one trial.
 
-    def __init__(self, case: Case, config: Mapping[str, Any], inputs: Inputs) -> None:
+    Args:
+        kernels: what is timed, in order.
+        tiles: of those and of what must run before them.
+    """
+
+    def __init__(
+        self, case: Case, kernels: tuple[Kernel, ...], tiles: Mapping[Kernel, Any], inputs: Inputs
+    ) -> None:
         import torch
 
-        from flash_sink_attn.dispatch import device_info
         from flash_sink_attn.kernels.launch import row_statistics, sink_partials
         from flash_sink_attn.layout import Sequences
 
-        self.case, self.i = case, inputs
+        self.case, self.kernels, self.tiles, self.i = case, kernels, tiles, inputs
         q, k, v, cu = inputs.q, inputs.k, inputs.v, inputs.cu_seqlens
-        arch = device_info(q.device).arch
-        whole = dataclasses.replace(case, pass_="fwd_bwd")
-        self.tiles = _tiles(whole, {}, arch) | _tiles(case, config, arch)
         self.sequences = (Sequences(case.batch, q.shape[1], k.shape[1]) if cu is None
                           else Sequences(case.batch, q.shape[0], k.shape[0], cu))
         self.common: dict[str, Any] = {"sequences": self.sequences, "window": inputs.window,
@@ -158,10 +260,13 @@ class _Call:
         lse_shape = (q.shape[1], q.shape[0]) if cu is not None else (q.shape[0], q.shape[2], q.shape[1])
         self.o = q.new_empty(*q.shape[:-1], v.shape[-1])
         self.lse = q.new_empty(lse_shape, dtype=torch.float32)
-        self.rows = row_statistics(q, self.sequences)
-        self.partials = sink_partials(q, k, self.sequences, self.tiles["bwd_dq"]) if inputs.sinks is not None else None
         self.dq, self.dk, self.dv = (q.new_empty(x.shape) for x in (q, k, v))
         self.dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
+        self.rows = self.partials = None
+        if "bwd_dq" in kernels or "bwd_dkdv" in kernels:
+            self.rows = row_statistics(q, self.sequences)
+            if inputs.sinks is not None:
+                self.partials = sink_partials(q, k, self.sequences, self.tiles["bwd_dq"])
         self.compiled: Any = None
 
     def fwd(self) -> None:
@@ -173,6 +278,7 @@ class _Call:
     def bwd_dq(self) -> None:
         from flash_sink_attn.kernels.launch import backward_dq
 
+        assert self.rows is not None
         i = self.i
         self.compiled = backward_dq(i.q, i.k, i.v, i.sinks, self.o, self.lse, i.do, None, self.dq, self.rows,
                                     self.partials, config=self.tiles["bwd_dq"], **self.common)
@@ -180,37 +286,53 @@ class _Call:
     def bwd_dkdv(self) -> None:
         from flash_sink_attn.kernels.launch import backward_dkdv
 
+        assert self.rows is not None
         i = self.i
         self.compiled = backward_dkdv(i.q, i.k, i.v, self.rows, i.do, self.dk, self.dv, self.partials,
                                       self.dsinks, config=self.tiles["bwd_dkdv"], **self.common)
 
+    def hopper_fwd(self) -> None:
+        forward = importlib.import_module("flash_sink_attn.hopper.launch_forward").forward
+        i = self.i
+        self.compiled = forward(i.q, i.k, i.v, i.sinks, self.o, self.lse, config=self.tiles["hopper_fwd"],
+                                **self.common)
+
+    def hopper_bwd(self) -> None:
+        backward = importlib.import_module("flash_sink_attn.hopper.launch_backward").backward
+        i, config = self.i, self.tiles["hopper_bwd"]
+        self.compiled = backward(i.q, i.k, i.v, i.sinks, self.o, self.lse, i.do, None, self.dq, self.dk, self.dv,
+                                 self.dsinks, config=config, deterministic=reproducible(config), **self.common)
+
     def prepared(self) -> Prepared:
-        launches: dict[Kernel, Callable[[], None]] = {k: getattr(self, k) for k in PORTABLE}
-        parts = PARTS[self.case.pass_]
-        for earlier in PORTABLE[:PORTABLE.index(parts[0])]:
+        launches: dict[Kernel, Callable[[], None]] = {
+            kernel: getattr(self, kernel) for kernel in (*_BEFORE[self.kernels[0]], *self.kernels)}
+        for earlier in _BEFORE[self.kernels[0]]:
             launches[earlier]()
 
         def run() -> None:
-            for kernel in parts:
+            for kernel in self.kernels:
                 launches[kernel]()
 
         resources: list[dict[str, int]] = []
-        for kernel in parts:
+        for kernel in self.kernels:
             launches[kernel]()
             if self.compiled is not None:
                 resources.append({"registers": self.compiled.n_regs, "spills": self.compiled.n_spills,
                                   "shared_bytes": self.compiled.metadata.shared})
         largest = {name: max(r[name] for r in resources) for name in resources[0]} if resources else {}
-        return Prepared(run=run, outputs=self._outputs, poison=self._poison, deterministic=True, resources=largest)
+        return Prepared(run=run, outputs=self._outputs, poison=self._poison, resources=largest,
+                        deterministic=all(reproducible(self.tiles[kernel]) for kernel in self.kernels))
 
     def _owned(self) -> dict[str, torch.Tensor | None]:
         """The buffers each kernel of the pass writes, which may be poisoned before a run."""
+        forward: dict[str, torch.Tensor | None] = {"o": self.o, "lse": self.lse}
+        rest: dict[str, torch.Tensor | None] = {"dk": self.dk, "dv": self.dv, "dsinks": self.dsinks}
         owned: dict[Kernel, dict[str, torch.Tensor | None]] = {
-            "fwd": {"o": self.o, "lse": self.lse},
-            "bwd_dq": {"dq": self.dq, "rows": self.rows, "partials": self.partials},
-            "bwd_dkdv": {"dk": self.dk, "dv": self.dv, "dsinks": self.dsinks},
+            "fwd": forward, "hopper_fwd": forward,
+            "bwd_dq": {"dq": self.dq, "rows": self.rows, "partials": self.partials}, "bwd_dkdv": rest,
+            "hopper_bwd": {"dq": self.dq, **rest},
         }
-        return {name: x for kernel in PARTS[self.case.pass_] for name, x in owned[kernel].items()}
+        return {name: x for kernel in self.kernels for name, x in owned[kernel].items()}
 
     def _poison(self) -> None:
         for x in self._owned().values():
@@ -226,4 +348,8 @@ class _Call:
         return found
 
 
-TRITON = Triton()
+# What must have run before a kernel, in order.
+_BEFORE: dict[Kernel, tuple[Kernel, ...]] = {
+    "fwd": (), "bwd_dq": ("fwd",), "bwd_dkdv": ("fwd", "bwd_dq"), "hopper_fwd": (), "hopper_bwd": ("fwd",)}
+
+TRITON, HOPPER = Triton(), Hopper()

@@ -17,7 +17,10 @@ from sweeps.registry import OURS, check_name, is_peer, load
 from sweeps.spec import Group, ImplementationSpec, SweepSpec
 
 PARTS = ("bwd_dq", "bwd_dkdv")
-WHOLES = {"bwd": PARTS, "fwd_bwd": ("fwd", *PARTS)}   # passes that a kernel made of parts needs these for
+# Of an implementation that does not say so itself (``wholes``) and has both parts: the passes that are composed of
+# others, and under which name the configuration of each of those goes.
+Wholes = Mapping[str, Mapping[str, str]]
+_OF_PARTS: Wholes = {"bwd": {part: part for part in PARTS}, "fwd_bwd": {part: part for part in ("fwd", *PARTS)}}
 
 Load = Callable[[str, Mapping[str, Any]], Implementation]
 Fastest = Mapping[tuple[str, str], list[Mapping[str, Any]]]     # (case id, impl) -> configurations, fastest first
@@ -30,8 +33,8 @@ class Trial:
     Attributes:
         case: the workload.
         impl: the impl column, a name of the YAML's implementations.
-        config: tunables by name; {} = the implementation's untuned default. For ``bwd`` and ``fwd_bwd`` of a kernel
-            made of parts, the parts' configurations by part: {"bwd_dq": {...}, "bwd_dkdv": {...}}.
+        config: tunables by name; {} = the implementation's untuned default. For a pass that is composed of others,
+            their configurations by kernel: {"bwd_dq": {...}, "bwd_dkdv": {...}}.
         options: what the YAML gives the implementation.
         rejected: why this configuration cannot work on the case, None = it may.
         unsupported: why the implementation cannot do the case at all, None = it can.
@@ -112,9 +115,10 @@ class Plan:
             rows: with ``case`` (id), ``impl``, ``status``, ``latency_ms`` and ``config``; others are ignored.
 
         Returns:
-            For each ``bwd`` of a kernel made of parts its untuned default, then every pair of its fastest ok tiles of
-            bwd_dq and bwd_dkdv, the pair of the two fastest first; for each ``fwd_bwd`` the default, then the fastest
-            forward with that pair. Only the default where a part has no ok row.
+            For each ``bwd`` made of parts its untuned default, then every pair of its fastest ok tiles of bwd_dq and
+            bwd_dkdv, the pair of the two fastest first; for each ``fwd_bwd`` the default, then the fastest forward with
+            that pair, or with the fastest backward of a kernel that does all of it. Only the default where a part has
+            no ok row.
         """
         fastest = _fastest(rows)
         made: list[Trial] = []
@@ -135,14 +139,23 @@ class Plan:
                                                 for (case_id, _), n in self.combine.items())
 
     def _combinations(self, whole: Trial, fastest: Fastest) -> Iterator[Trial]:
-        parts = WHOLES[whole.case.pass_]
+        implementation = self.load(self.spec.implementations[whole.impl].use or whole.impl, whole.options)
+        parts = wholes_of(implementation, whole.case)[whole.case.pass_]
         count = 1 if whole.case.pass_ == "fwd_bwd" else self.combine[whole.case.id, whole.impl]
         best = [fastest.get((whole.case.with_pass(part).id, whole.impl), [])[:count] for part in parts]
-        implementation = self.load(self.spec.implementations[whole.impl].use or whole.impl, whole.options)
         for configs in itertools.product(*best):
-            config = dict(zip(parts, map(dict, configs), strict=True))
+            config = dict(zip(parts.values(), map(dict, configs), strict=True))
             yield dataclasses.replace(whole, config=config, is_default=False,
                                       rejected=implementation.rejected(whole.case, config, self.arch))
+
+
+def wholes_of(implementation: Implementation, shape: Case) -> Wholes:
+    """The passes of an implementation that are composed of others, by those and the names of their configurations."""
+    own: Wholes | None = getattr(implementation, "wholes", None)
+    if own is not None:
+        return own
+    split = all(implementation.unsupported(shape.with_pass(part)) is None for part in PARTS)
+    return _OF_PARTS if split else {}
 
 
 def _fastest(rows: Iterable[Mapping[str, Any]]) -> Fastest:
@@ -169,6 +182,7 @@ def make_plan(spec: SweepSpec, arch: int, *, only: str | None = None, load: Load
     """
     shapes: dict[str, dict[str, dict[str, dict[str, Trial]]]] = {}   # shape -> pass -> impl -> id -> trial
     combine: dict[tuple[str, str], int] = {}
+    parts_first: set[tuple[str, str]] = set()   # (case id, impl) that another pass of the implementation is made of
     for name, entry in spec.implementations.items():
         check_name(name, entry.use)
     implementations = {name: load(entry.use or name, entry.all_options())
@@ -180,18 +194,24 @@ def make_plan(spec: SweepSpec, arch: int, *, only: str | None = None, load: Load
                 planner = _Planner(shape, name, spec.implementations[name], implementations[name], group, arch)
                 for trial in planner.trials(only):
                     passes[trial.case.pass_].setdefault(name, {}).setdefault(trial.id, trial)
-                    if planner.split and trial.case.pass_ in WHOLES and trial.runs:
+                    if trial.case.pass_ in planner.wholes and trial.runs:
                         combine.setdefault((trial.case.id, name), group.tunables.combine)
+                    if any(trial.case.pass_ in parts for parts in planner.wholes.values()):
+                        parts_first.add((trial.case.id, name))
     first: list[Trial] = []
     wholes: list[tuple[Trial, ...]] = []
     in_second = {case_id for case_id, _ in combine}
     for passes in shapes.values():
         for by_impl in passes.values():
-            trials = _interleave([list(stream.values()) for stream in by_impl.values()])
-            if trials and trials[0].case.id in in_second:
-                wholes.append(tuple(trials))
-            else:
-                first += trials
+            second: list[list[Trial]] = []
+            opening: list[list[Trial]] = []
+            for name, stream in by_impl.items():
+                trials = list(stream.values())
+                waits = trials[0].case.id in in_second and (trials[0].case.id, name) not in parts_first - set(combine)
+                (second if waits else opening).append(trials)
+            first += _interleave(opening)
+            if second:
+                wholes.append(tuple(_interleave(second)))
     return Plan(tuple(first), tuple(wholes), combine, spec, arch, load)
 
 
@@ -202,12 +222,12 @@ class _Planner:
                  arch: int) -> None:
         self.shape, self.name, self.entry, self.group, self.arch = shape, name, entry, group, arch
         self.implementation = implementation
-        self.split = all(implementation.unsupported(shape.with_pass(part)) is None for part in PARTS)
+        self.wholes = wholes_of(implementation, shape)
 
     def trials(self, only: str | None) -> Iterator[Trial]:
         asked = {p for p in self.group.passes or () if p in (self.entry.passes or PASSES)
                  and (only is None or self._matches(p, only))}
-        needed = {part for whole in asked for part in WHOLES.get(whole, ()) if self.split}
+        needed = {part for whole in asked for part in self.wholes.get(whole, ())}
         for pass_ in PASSES:
             if pass_ in asked | needed:
                 yield from self._of_pass(pass_)
@@ -229,13 +249,19 @@ class _Planner:
 
     def _configs(self, pass_: str) -> list[dict[str, Any]] | None:
         """What the YAML gives, None = nothing. A whole made of parts gets its own in the second round."""
-        if self.split and pass_ in WHOLES:
+        if pass_ in self.wholes:
             return []
         configs = self.entry.grids(pass_)
-        if configs is None and self.name in OURS and pass_ in ("fwd", *PARTS):
-            grids = getattr(self.group.tunables, pass_)
+        kernel = self._kernel(pass_) if self.name in OURS else None
+        if configs is None and kernel is not None:
+            grids = getattr(self.group.tunables, kernel)
             configs = None if grids is None else [config for grid in grids for config in grid.configs()]
         return configs
+
+    def _kernel(self, pass_: str) -> str | None:
+        """Whose tunables a pass of ours has."""
+        of = getattr(self.implementation, "kernel_of", None)
+        return of(pass_) if callable(of) else pass_ if pass_ in ("fwd", *PARTS) else None
 
 
 def _interleave(streams: Sequence[Sequence[Trial]]) -> list[Trial]:

@@ -12,7 +12,7 @@ from typing import Any
 import sweeps.baselines
 from sweeps.implementation import Implementation
 
-OURS = {"triton": "sweeps.ours:TRITON"}
+OURS = {"triton": "sweeps.ours:TRITON", "hopper": "sweeps.ours:HOPPER"}
 # Every other name in the impl column is a kernel under test: ours, or one a user added. A config can list a peer twice
 # with different options under names of its own, which then start with the peer's: upstream_64, cudnn-deterministic.
 PEERS = ("eager", "sdpa_flash", "sdpa_cudnn", "flex", "fa2", "fa3", "fa4", "cudnn", "tilelang", "gptoss_triton",

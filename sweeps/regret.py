@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flash_sink_attn.config import KERNELS, AnyConfig, Kernel, Limits, TileConfig
-from flash_sink_attn.dispatch import Decision, heuristic
+from flash_sink_attn.config import CONFIG_CLASS, IMPLS, KERNELS, AnyConfig, Kernel, Limits
+from flash_sink_attn.dispatch import Decision
+from flash_sink_attn.heuristic import heuristic
+from flash_sink_attn.kernel_code import impl_of
 from flash_sink_attn.tuned_table import ShapeKey
 from sweeps.cases import Case
-from sweeps.export import IMPLEMENTATION
 from sweeps.measured import config_label
-from sweeps.ours import shape_key
+from sweeps.ours import kernel_of, shape_key
 from sweeps.select import CaseResult, Selection
 
 Choose = Callable[[Kernel, Case, ShapeKey], Decision]
@@ -69,16 +71,13 @@ def call_key(case: Case) -> ShapeKey:
 
 
 def picks(selection: Selection, choose: Choose, limits: Limits) -> list[Pick]:
-    """One pick for each case of a single kernel (fwd, bwd_dq, bwd_dkdv) that has a timed candidate of ours."""
+    """One pick for each case of a single kernel and each implementation of ours that was timed on it."""
     found = []
-    for result in selection.results:
-        case = result.case
-        if case.pass_ not in KERNELS:
+    for result, impl in itertools.product(selection.results, IMPLS):
+        case, kernel = result.case, kernel_of(impl, result.case.pass_)
+        times = times_of(result, kernel) if kernel is not None else {}
+        if kernel is None or not times:
             continue
-        times = times_of(result)
-        if not times:
-            continue
-        kernel: Kernel = case.pass_
         key = call_key(case)
         decision = choose(kernel, case, key)
         best = min(times, key=times.__getitem__)
@@ -87,12 +86,12 @@ def picks(selection: Selection, choose: Choose, limits: Limits) -> list[Pick]:
     return found
 
 
-def times_of(result: CaseResult) -> dict[AnyConfig, float]:
-    """Time in ms of every configuration of ours that was measured for a case of a single kernel, fastest first."""
+def times_of(result: CaseResult, kernel: Kernel) -> dict[AnyConfig, float]:
+    """Time in ms of every configuration of a kernel of ours that was measured for a case, fastest first."""
     times: dict[AnyConfig, float] = {}
     for m in sorted(result.ranked, key=lambda m: m.latency_ms):
-        if m.impl == IMPLEMENTATION and m.config:
-            times.setdefault(TileConfig.from_dict(m.config), m.latency_ms)
+        if m.impl == impl_of(kernel) and m.config:
+            times.setdefault(CONFIG_CLASS[kernel].from_dict(m.config), m.latency_ms)
     return times
 
 

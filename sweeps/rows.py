@@ -10,6 +10,7 @@ from sweeps.compile_pool import CompileResult
 from sweeps.cost import compulsory_bytes, flops
 from sweeps.devices import Card
 from sweeps.environment import fingerprint
+from sweeps.ours import num_warps
 from sweeps.plan import Trial
 
 _TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
@@ -37,6 +38,7 @@ def make_row(trial: Trial, key: str, env: Mapping[str, Any], card: Card | None, 
     built = compiled.resources if compiled else {}
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= case.columns() | {name: config.get(name) for name in _TILE} | {name: built.get(name) for name in _RESOURCES}
+    row["num_warps"] = num_warps(trial.impl, case.pass_, config)
     row |= {
         "gpu": env["gpu"], "model": case.model, "case": case.id, "impl": trial.impl, "config": config, "note": "",
         "compile_s": compiled.compile_s if compiled else None, "key": key, "trial": trial.id,

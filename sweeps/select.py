@@ -304,7 +304,10 @@ def best_row(result: CaseResult, peers: Iterable[str] = ()) -> Row:
     row["status"], row["message"] = ("ok", "") if best else _no_winner(own)
     row |= {"impl": best.impl if best else None, **tile_columns(best.config if best else {}),
             "config": config_json(best.config) if best else None,
-            "is_default": bool(result.default and best.config == result.default.config) if best else None}
+            "is_default": bool(result.default and best.impl == result.default.impl
+                               and best.config == result.default.config) if best else None}
+    if best is not None and row["num_warps"] is None:
+        row["num_warps"] = best.row.get("num_warps")    # the Hopper kernels' follow from their tiles
     row |= {"latency_ms": best.latency_ms if best else None, "latency_ms_low": best.low if best else None,
             "latency_ms_high": best.high if best else None}
     row |= {name: best.row.get(name) if best else None

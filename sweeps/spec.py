@@ -6,9 +6,10 @@ it differs from the top level. Reading a file, ``--set`` and the wording of erro
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BeforeValidator,
@@ -17,10 +18,12 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     StrictBool,
+    create_model,
     field_validator,
     model_validator,
 )
 
+from flash_sink_attn.config import CONFIG_CLASS, HopperBwdConfig, HopperFwdConfig, Kernel, TileConfig
 from flash_sink_attn.devices import gpu_slug
 from sweeps.devices import Card, find_card
 from sweeps.fields import Booleans, Heads, Integers, Many, ModelName, Section, Varlen, Window, nearest, same_or_pair
@@ -119,21 +122,12 @@ class Shapes(Section):
         return Shapes.model_construct(_fields_set=set(fields), **(dict.fromkeys(Shapes.model_fields) | fields))
 
 
-class Grid(Section):
+class _Tiles(Section):
     """Tiles of one kernel: the product of its lists. A single value may stand for a list of one.
 
-    The fields and what they default to are those of ``flash_sink_attn.config.TileConfig``, where they are explained.
+    The fields and what they default to are those of the kernel's class in ``flash_sink_attn.config``, where they are
+    explained.
     """
-
-    BLOCK_M: Integers
-    BLOCK_N: Integers
-    num_warps: Integers = (4,)
-    num_stages: Integers = (2,)
-    PACK_GQA: Booleans = (False,)
-    SPLIT_LOOPS: Booleans = (True,)
-    maxnreg: Annotated[tuple[Annotated[int | None, Field(strict=True)], ...], Many] = (None,)
-    TMA: Booleans = (False,)
-    REGISTER_A: Booleans = (False,)
 
     def configs(self) -> Iterator[dict[str, Any]]:
         """Every combination, with all fields by name."""
@@ -142,30 +136,64 @@ class Grid(Section):
             yield dict(zip(names, values, strict=True))
 
 
+_LISTS: dict[str, Any] = {
+    "bool": Booleans, "int": Integers,
+    "int | None": Annotated[tuple[Annotated[int | None, Field(strict=True)], ...], Many],
+}
+_COUNTS_FROM_0 = Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Many]
+
+
+def _tiles_of(config: type[Any]) -> type[_Tiles]:
+    """The section of the grids of a kernel with this class of configurations."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        required = field.default is dataclasses.MISSING
+        kind = _LISTS[str(field.type)]
+        if str(field.type) == "int" and field.default == 0:
+            kind = _COUNTS_FROM_0
+        fields[field.name] = (kind, ... if required else (field.default,))
+    return create_model(config.__name__, __base__=_Tiles, **fields)
+
+
 def _grids(value: Any) -> Any:
     return [value] if isinstance(value, dict) else value
 
 
-Grids = Annotated[tuple[Grid, ...], BeforeValidator(_grids)]
+_SECTIONS = {config: _tiles_of(config) for config in (TileConfig, HopperFwdConfig, HopperBwdConfig)}
+# The section of each kernel's grids.
+TILES: dict[Kernel, type[_Tiles]] = {kernel: _SECTIONS[config] for kernel, config in CONFIG_CLASS.items()}
 
 
 def _default_or_grids(value: Any) -> Any:
-    return None if value == "default" else value
+    return None if value == "default" else _grids(value)
+
+
+if TYPE_CHECKING:
+    PortableGrids: TypeAlias = tuple[_Tiles, ...] | None
+    HopperFwdGrids: TypeAlias = PortableGrids
+    HopperBwdGrids: TypeAlias = PortableGrids
+else:
+    PortableGrids, HopperFwdGrids, HopperBwdGrids = (
+        Annotated[tuple[_SECTIONS[config], ...] | None, BeforeValidator(_default_or_grids)]
+        for config in (TileConfig, HopperFwdConfig, HopperBwdConfig))
 
 
 class Tunables(Section):
-    """Tiles to try for our portable kernel (implementation ``triton``), per kernel.
+    """Tiles to try for our kernels, per kernel: the portable ones (implementation ``triton``) and the Hopper ones
+    (``hopper``).
 
     Attributes:
-        fwd, bwd_dq, bwd_dkdv: a grid, a list of grids (one with single values is one tile), or "default" (which is the
-            default): the implementation's own choice for each case.
-        combine: the backward as a whole is timed with each of the best ``combine`` tiles of bwd_dq together with each
-            of the best ``combine`` of bwd_dkdv; default 2.
+        fwd, bwd_dq, bwd_dkdv, hopper_fwd, hopper_bwd: a grid, a list of grids (one with single values is one tile), or
+            "default" (which is the default): the implementation's own choice for each case.
+        combine: the portable backward as a whole is timed with each of the best ``combine`` tiles of bwd_dq together
+            with each of the best ``combine`` of bwd_dkdv; default 2.
     """
 
-    fwd: Annotated[Grids | None, BeforeValidator(_default_or_grids)] = None
-    bwd_dq: Annotated[Grids | None, BeforeValidator(_default_or_grids)] = None
-    bwd_dkdv: Annotated[Grids | None, BeforeValidator(_default_or_grids)] = None
+    fwd: PortableGrids = None
+    bwd_dq: PortableGrids = None
+    bwd_dkdv: PortableGrids = None
+    hopper_fwd: HopperFwdGrids = None
+    hopper_bwd: HopperBwdGrids = None
     combine: PositiveInt = 2
 
     def inherit(self, parent: Tunables) -> Tunables:

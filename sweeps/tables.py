@@ -199,7 +199,7 @@ def best_table(selection: Selection) -> str:
             rows.append([*head, "no candidate was ok", *[NONE] * 8])
             continue
         rows.append(head + [
-            _with_impl(r.best), f"{number(r.best.latency_ms, 4)} ±{percent(r.best.half_width)}",
+            with_impl(r.best), f"{number(r.best.latency_ms, 4)} ±{percent(r.best.half_width)}",
             number(r.best.row.get("tflops")), f"{percent(r.margin[0])}" if r.margin else NONE, f"{len(r.tied)}",
             times(r.speedup(r.eager)), times(r.speedup(r.flash)), times(r.speedup(r.default)),
             f"{r.best_peer.impl} {number(r.best_peer.latency_ms, 4)}" if r.best_peer else NONE])
@@ -207,7 +207,8 @@ def best_table(selection: Selection) -> str:
                      "runner-up", "tied", "vs eager", "vs flash", "vs untuned", "best peer, ms"], rows, text_columns=7)
 
 
-def _with_impl(m: Measured) -> str:
+def with_impl(m: Measured) -> str:
+    """A configuration with the implementation it is of, where that is not the portable one."""
     return m.label if m.impl == "triton" else f"{m.impl}: {m.label}"
 
 

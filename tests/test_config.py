@@ -39,7 +39,7 @@ hopper_fwd_configs = st.builds(
     maxnreg=st.none() | st.integers(24, 255))
 hopper_bwd_configs = st.builds(
     HopperBwdConfig, BLOCK_M=st.sampled_from((64, 128)), BLOCK_N=st.sampled_from((64, 128)),
-    RECOMPUTE=st.booleans(), DETERMINISTIC=st.booleans())
+    FORM=st.integers(0, 2), DETERMINISTIC=st.booleans())
 attn_configs = st.builds(AttnConfig, *(st.none() | tile_configs for _ in PORTABLE), st.none() | hopper_fwd_configs,
                          st.none() | hopper_bwd_configs)
 
@@ -173,7 +173,7 @@ def test_warps_of_the_hopper_kernels_are_their_warpgroups() -> None:
 
 def test_which_backward_gives_the_same_bits() -> None:
     assert reproducible(TILE) and reproducible(HopperFwdConfig(64, 64)) and not reproducible(HopperBwdConfig(64, 64))
-    assert reproducible(HopperBwdConfig(64, 64, RECOMPUTE=True)) and reproducible(
+    assert reproducible(HopperBwdConfig(64, 64, FORM=1)) and reproducible(
         HopperBwdConfig(64, 64, DETERMINISTIC=True))
 
 

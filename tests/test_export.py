@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from flash_sink_attn.config import TileConfig
+from flash_sink_attn.config import HopperBwdConfig, HopperFwdConfig, TileConfig
 from flash_sink_attn.kernel_code import kernel_code_hash
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable, TunedTableError
 from sweeps.cases import Case
@@ -245,3 +245,32 @@ def test_merging_through_files(tmp_path):
     assert merged.entry("fwd", KEY).run == "fast"
     assert merged.entry("fwd", KEY._replace(seqlen_q=1024, seqlen_k=1024)).run == "slow"
     assert set(json.loads(path.read_text())["runs"]) == {"slow", "fast"}
+
+
+def hopper(m: int, n: int, **more) -> dict:
+    return HopperBwdConfig(m, n, **more).to_dict()
+
+
+def test_both_implementations_have_entries_and_the_same_bits_one_of_their_own():
+    bwd = case("gpt-oss", "bwd", 4096, 128)
+    rows = [row(FWD, config=tile(64, 32), ms=0.11),
+            row(FWD, "hopper", HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3).to_dict(), ms=0.09),
+            row(bwd, config=PAIR, ms=0.30), row(bwd, "hopper", hopper(64, 128), ms=0.20, is_default=True),
+            row(bwd, "hopper", hopper(64, 64, FORM=1), ms=0.22),
+            row(bwd, "hopper", hopper(64, 128, FORM=1), ms=0.25)]
+    table = TunedTable.build("h100", table_entries(select(rows), "run", 0.0), {"run": {}}, arch=90)
+    assert table.entry("fwd", KEY).latency_ms == 0.11
+    assert table.exact("hopper_fwd", KEY) == HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3)
+    assert table.entry("bwd_dq", KEY).latency_ms == 0.30
+    fastest, same_bits = table.entry("hopper_bwd", KEY), table.entry("hopper_bwd", KEY, deterministic=True)
+    assert (fastest.config, fastest.measured_as, fastest.default_ms) == (HopperBwdConfig(64, 128), "bwd", 0.20)
+    assert (same_bits.config, same_bits.latency_ms) == (HopperBwdConfig(64, 64, FORM=1), 0.22)
+    again = TunedTable.parse(json.dumps(table.to_dict()), "again.json")
+    assert again.entries == table.entries and len(again.entries) == 6
+
+
+def test_a_backward_that_gives_the_same_bits_and_is_the_fastest_is_one_entry():
+    bwd = case("gpt-oss", "bwd", 4096, 128)
+    rows = [row(bwd, "hopper", hopper(64, 128), ms=0.25), row(bwd, "hopper", hopper(64, 64, FORM=1), ms=0.22)]
+    (entry,) = table_entries(select(rows), "run")
+    assert entry.config == HopperBwdConfig(64, 64, FORM=1) and entry.kernel == "hopper_bwd"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 import sweeps.cli
-from flash_sink_attn.config import PORTABLE, TileConfig, limits_of
+from flash_sink_attn.config import PORTABLE, HopperBwdConfig, HopperFwdConfig, TileConfig, limits_of
 from flash_sink_attn.dispatch import decide, heuristic
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable, TunedTableError
 from sweeps.cases import Case
@@ -43,6 +44,17 @@ def test_leave_one_out_takes_the_choice_from_the_others() -> None:
     assert found[1024].decision.source == "heuristic" and found[1024].regret is None      # it was not measured
     table = summary_table([*found.values()])
     assert "| fwd | 3 | 2 nearest, 1 heuristic | 1.600 | 1.600 | 2.000 | 2 | 2 | 1 | - | - | - | 3 |" in table
+
+
+def test_the_hopper_kernels_are_judged_beside_the_portable_ones() -> None:
+    tiles: dict[str, list[Any]] = {"fwd": [HopperFwdConfig(m, 64) for m in (64, 128)],
+                                   "bwd": [HopperBwdConfig(64, n) for n in (64, 128)]}
+    rows = [row(case("gpt-oss", pass_, seqlen), "hopper", config.to_dict(), ms=1.0 + 0.5 * i)
+            for pass_, configs in tiles.items() for seqlen in (4096, 8192) for i, config in enumerate(configs)]
+    found = leave_one_out(select([*rows_of(8192, 1.0, 2.0), *rows]), "h100", 90)
+    assert [p.decision.kernel for p in found].count("hopper_fwd") == 2
+    assert {p.decision.source for p in found if p.decision.kernel == "hopper_bwd"} == {"nearest"}
+    assert "| hopper_bwd | 2 | 2 nearest | 1.000" in summary_table(found)
 
 
 def test_a_case_never_sees_its_own_entry() -> None:

@@ -9,12 +9,13 @@ import random
 
 import pytest
 
-from flash_sink_attn.config import TileConfig
+from flash_sink_attn.config import CONFIG_CLASS, HopperFwdConfig, TileConfig
 from sweeps.registry import OURS, PEERS, built_in, is_peer, peer_of
 from sweeps.select import (
     NOT_RUN,
     TILE_COLUMNS,
     TILE_DEFAULTS,
+    best_row,
     config_label,
     interval,
     peer_order,
@@ -158,8 +159,24 @@ def test_configuration_labels():
 
 
 def test_labels_know_every_field_of_a_tile_and_its_default():
-    rest = {f.name: f.default for f in dataclasses.fields(TileConfig) if f.name not in TILE_COLUMNS}
-    assert rest == TILE_DEFAULTS
+    for of in set(CONFIG_CLASS.values()):  # one name never has two defaults
+        rest = {f.name: f.default for f in dataclasses.fields(of) if f.name not in TILE_COLUMNS}
+        assert rest.items() <= TILE_DEFAULTS.items()
+    assert config_label(HopperFwdConfig(64, 128, 3, PACK_GQA=True, PROGRAMS_PER_SM=2, OVERLAP=False).to_dict()) == (
+        "64x128 s3 pack p2 nooverlap")
+    both = {"hopper_fwd": {"BLOCK_M": 64, "BLOCK_N": 64}, "hopper_bwd": {"BLOCK_M": 64, "BLOCK_N": 128, "FORM": 1}}
+    assert config_label(both) == "fwd 64x64 | bwd 64x128 form1"
+
+
+def test_the_best_of_both_implementations_is_the_cases_best():
+    c = case("gpt-oss", "bwd", 1024)
+    pair, one = {"bwd_dq": tile(64, 64), "bwd_dkdv": tile(64, 64)}, {"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 2}
+    rows = [row(c, config=pair, ms=0.30, is_default=True),
+            row(c, "hopper", one, ms=0.25, num_warps=12, is_default=True)]
+    (result,) = select(rows).results
+    found = best_row(result)
+    assert (found["impl"], found["BLOCK_N"], found["num_warps"], found["latency_ms"]) == ("hopper", 128, 12, 0.25)
+    assert found["speedup_vs_default"] == pytest.approx(1.2) and found["is_default"] is False
 
 
 @pytest.fixture(scope="module")

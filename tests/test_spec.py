@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flash_sink_attn.config import TileConfig
+from flash_sink_attn.config import CONFIG_CLASS, KERNELS
 from sweeps.cases import PASSES, Case
 from sweeps.expand import expand
 from sweeps.presets import MODELS, VARLEN
 from sweeps.sampling import Sampling
-from sweeps.spec import Grid, SweepSpec, Timing
+from sweeps.spec import TILES, SweepSpec, Timing
 from sweeps.specfile import SpecError, dump_spec, load_spec, parse_spec
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -27,8 +28,8 @@ def shapes_of(sweep: SweepSpec, group: str = "x") -> list[Case]:
     return expand(sweep.resolved_groups()[group].shapes, sweep.seed)
 
 
-def grid(block_m: int, block_n: int) -> Grid:
-    return Grid.model_validate({"BLOCK_M": block_m, "BLOCK_N": block_n})
+def grid(block_m: int, block_n: int, kernel: Any = "fwd") -> Any:
+    return TILES[kernel].model_validate({"BLOCK_M": block_m, "BLOCK_N": block_n})
 
 
 def error(text: str, *overrides: str) -> str:
@@ -143,13 +144,23 @@ def test_timing_has_a_field_for_everything_the_sampler_can_be_told() -> None:
     assert {f.name: getattr(timing, f.name) for f in dataclasses.fields(Sampling)} == dataclasses.asdict(Sampling())
 
 
-def test_a_grid_has_the_fields_and_defaults_of_a_tile_config() -> None:
-    tile = {f.name: f.default for f in dataclasses.fields(TileConfig)}
-    fields = dict(Grid.model_fields)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_grid_has_the_fields_and_defaults_of_its_kernels_configurations(kernel: Any) -> None:
+    of = CONFIG_CLASS[kernel]
+    tile = {f.name: f.default for f in dataclasses.fields(of)}
+    fields = dict(TILES[kernel].model_fields)
     assert list(fields) == list(tile)
     for name, default in tile.items():
         assert fields[name].is_required() if default is dataclasses.MISSING else fields[name].default == (default,)
-    assert [TileConfig.from_dict(c) for c in grid(64, 32).configs()] == [TileConfig(64, 32)]
+    assert [of.from_dict(c) for c in grid(64, 32, kernel).configs()] == [of(64, 32)]
+
+
+def test_the_hopper_kernels_have_tunables_of_their_own() -> None:
+    sweep = spec("tunables: {hopper_fwd: {BLOCK_M: [64, 128], BLOCK_N: 64, PROGRAMS_PER_SM: [0, 3]}, "
+                 "hopper_bwd: {BLOCK_M: 64, BLOCK_N: 128}}")
+    assert [len(list(grids[0].configs())) for grids in (sweep.tunables.hopper_fwd, sweep.tunables.hopper_bwd)] == [4, 1]
+    assert "num_warps" in error(MINIMAL + "tunables: {hopper_fwd: {BLOCK_M: 64, BLOCK_N: 64, num_warps: 4}}")
+    assert "PACK_GQA" in error(MINIMAL + "tunables: {hopper_fwd: {BLOCK_M: 64, BLOCK_N: 64, PACK_GQAS: true}}")
 
 
 def test_grids_multiply_and_lists_of_grids_add() -> None:
