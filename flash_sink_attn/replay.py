@@ -166,50 +166,66 @@ class _Direct:
         self.function(*arguments)
 
 
-_BASE = "iiiKKppOOOOOO"  # the C function's own arguments in Triton 3.6, as it names their formats
+class Launcher(NamedTuple):
+    """What of Triton's launcher of one kernel a direct launch needs.
+
+    Attributes:
+        function: the C function.
+        cooperative, dependent: its two flags.
+        stream: the current stream.
+        encoder: for a descriptor and its number among the kernel's, what makes a tensor map of an address.
+    """
+
+    function: Callable[..., None]
+    cooperative: bool
+    dependent: bool
+    stream: Callable[[], int]
+    encoder: Callable[[Descriptor, int], Callable[[int], Any]]
 
 
 def _direct(step: Step) -> _Direct | None:
-    """The short way for a kernel, None unless everything about Triton's launcher is as expected."""
+    """The short way for a kernel, None where there is none."""
+    compiled, launcher = step.compiled, launcher_of(step.compiled)
+    if launcher is None:
+        return None
+    arguments: list[Any] = [step.programs, 1, 1, 0, compiled.function, launcher.cooperative, launcher.dependent, None,
+                            None, compiled.packed_metadata, None, None, None]
+    pointers: list[tuple[int, int, int]] = []
+    maps: list[tuple[int, int, int, dict[int, Any], Callable[[int], Any]]] = []
+    for x in step.arguments:
+        if isinstance(x, Address):
+            pointers.append((len(arguments), x.source, x.offset))
+            arguments.append(0)
+        elif isinstance(x, Descriptor):
+            maps.append((len(arguments), x.at.source, x.at.offset, {}, launcher.encoder(x, len(maps))))
+            arguments += (None, *x.template.shape, *x.template.strides)
+        else:
+            arguments.append(x)
+    return _Direct(launcher.function, arguments, pointers, maps, launcher.stream)
+
+
+_BASE = "iiiKKppOOOOOO"  # the C function's own arguments in Triton 3.6, as it names their formats
+
+
+def launcher_of(compiled: Any) -> Launcher | None:
+    """The launcher of a compiled kernel, None unless everything about it is as in Triton 3.6."""
     with contextlib.suppress(Exception):  # whatever is not as expected: there is the long way
         from triton.backends.nvidia import driver as nvidia
 
-        if nvidia._BASE_ARGS_FORMAT != _BASE:
+        run, described = compiled.run, getattr(compiled.metadata, "tensordesc_meta", None) or []
+        if (nvidia._BASE_ARGS_FORMAT != _BASE or type(run) is not nvidia.CudaLauncher or run.global_scratch_size
+                or run.profile_scratch_size or any(meta is None for meta in described)):
             return None
-        run, metadata = step.compiled.run, step.compiled.metadata
-        if type(run) is not nvidia.CudaLauncher or run.global_scratch_size or run.profile_scratch_size:
-            return None
-        described = getattr(metadata, "tensordesc_meta", None) or []
-        function, inside = run.launch, getattr(run.launch, "__closure__", None)
-        if inside is not None:  # the C function, wrapped to expand descriptors
-            names = run.launch.__code__.co_freevars
-            function = inside[names.index("launcher")].cell_contents
-        if type(function).__name__ != "builtin_function_or_method" or any(meta is None for meta in described):
-            return None
-        arguments: list[Any] = [step.programs, 1, 1, 0, step.compiled.function, run.launch_cooperative_grid,
-                                run.launch_pdl, None, None, step.compiled.packed_metadata, None, None, None]
-        pointers: list[tuple[int, int, int]] = []
-        maps: list[tuple[int, int, int, dict[int, Any], Callable[[int], Any]]] = []
-        for x in step.arguments:
-            if isinstance(x, Address):
-                pointers.append((len(arguments), x.source, x.offset))
-                arguments.append(0)
-            elif isinstance(x, Descriptor):
-                meta = described[len(maps)]
-                maps.append((len(arguments), x.at.source, x.at.offset, {}, _encoder(nvidia, x, meta)))
-                arguments += (None, *x.template.shape, *x.template.strides)
-            else:
-                arguments.append(x)
-        if len(maps) != len(described):
+        function = run.launch
+        if (inside := getattr(function, "__closure__", None)) is not None:  # wrapped, to expand descriptors
+            function = inside[function.__code__.co_freevars.index("launcher")].cell_contents
+        if type(function).__name__ != "builtin_function_or_method":
             return None
         active = triton.runtime.driver.active
         device, get = active.get_current_device(), active.get_current_stream
-        return _Direct(function, arguments, pointers, maps, lambda: get(device))
+
+        def encoder(descriptor: Descriptor, number: int) -> Callable[[int], Any]:
+            return lambda address: nvidia.make_tensordesc_arg(descriptor.made(address), described[number])[0]
+
+        return Launcher(function, run.launch_cooperative_grid, run.launch_pdl, lambda: get(device), encoder)
     return None
-
-
-def _encoder(nvidia: Any, descriptor: Descriptor, meta: Any) -> Callable[[int], Any]:
-    def encode(address: int) -> Any:
-        return nvidia.make_tensordesc_arg(descriptor.made(address), meta)[0]
-
-    return encode
