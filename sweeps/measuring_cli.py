@@ -1,4 +1,4 @@
-"""Commands that measure the measuring: ``python -m sweeps repeat`` and ``python -m sweeps agreement``."""
+"""Commands beside the sweeps: ``python -m sweeps repeat``, ``agreement`` and ``hosttime``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def add_commands(app: typer.Typer) -> None:
     """Adds them to ``python -m sweeps``."""
     app.command()(repeat)
     app.command()(agreement)
+    app.command()(hosttime)
 
 
 def repeat(
@@ -87,6 +88,25 @@ def agreement(
     write_agreement(folder, found, zero, facts)
     make_console().print(markdown(found, zero, facts), markup=False, highlight=False, soft_wrap=True)
     typer.echo(f"{folder}: agreement.md, agreement.csv")
+
+
+def hosttime(
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default results/<gpu>/<utc>-hosttime.")] = None,
+) -> None:
+    """Measure what a call costs the host, forward and backward, fixed and variable length. Wants a quiet machine."""
+    import torch
+
+    from sweeps.hosttime import markdown, run_host_times, write_host_times
+
+    if not torch.cuda.is_available():
+        _fail(WRONG_CARD, "hosttime: expected a CUDA device, this machine has none")
+    env = environment()
+    folder = out or new_run_dir(RESULTS, gpu_slug(env["gpu"]), "hosttime")
+    found = run_host_times(torch.device("cuda", 0), say=typer.echo)
+    facts = {name: env[name] for name in ("gpu", "driver", "cuda", "torch", "triton", "python", "cpu_count")}
+    write_host_times(folder, found, facts)
+    make_console().print(markdown(found, facts), markup=False, highlight=False, soft_wrap=True)
+    typer.echo(f"{folder}: hosttime.md, hosttime.csv")
 
 
 def _fail(code: int, message: str) -> NoReturn:

@@ -22,7 +22,7 @@ SWEEPS = (
     ("plan",),
     ("gate", "measure", "compile_pool", "search"),
     ("finals", "subjects"),
-    ("agreement",),
+    ("agreement", "hosttime"),
     ("worker", "store", "supervisor"),
     ("rows", "predict", "workers", "jobs", "summary"),
     ("runner",),
