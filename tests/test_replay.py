@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from flash_sink_attn import calls, dispatch, flash_sink_attn_func, flash_sink_attn_varlen_func, launcher, replay
 from flash_sink_attn._mode import triton
 from flash_sink_attn.config import AttnConfig, TileConfig
+from flash_sink_attn.hopper import support
 from flash_sink_attn.launcher import is_descriptor
 from tests import fake_kernels
 from tests.fake_kernels import Kernel, tensors
@@ -257,3 +259,125 @@ def test_a_tensor_from_nowhere_is_not_replayed() -> None:
     with launcher.recording([torch.empty(4)], device) as recorder:
         recorder.note(fake_kernels.Compiled("a kernel"), 1, [torch.empty(3)], {})
     assert recorder.tape() is None and "neither an argument" in str(recorder.problem)
+
+
+def test_the_launcher_of_triton_3_6(kernels: dict[str, Kernel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own expansion of the arguments is what the short way hands to its C function."""
+    nvidia = pytest.importorskip("triton.backends.nvidia.driver")
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip("is about another Triton")
+    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [1, 32, 1, 64], "fp4_padded": False}
+    utils = types.SimpleNamespace(fill_tma_descriptor=lambda address, *rest: ("map", address, *map(str, rest)))
+    active = types.SimpleNamespace(utils=utils, get_current_device=lambda: 0, get_current_stream=lambda device: 77)
+    monkeypatch.setattr(triton.runtime.driver, "set_active", None, raising=False)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", active)
+    signature = {i: "tensordesc<bf16[1,32,1,64]>" if i < 3 else "*fp32" for i in range(8)}
+    given: list[tuple[Any, ...]] = []
+    launcher_class = object.__new__(nvidia.CudaLauncher)
+    launcher_class.__dict__.update(
+        launch=nvidia.wrap_handle_tensordesc(given.append, signature, [meta] * 3), num_ctas=1, global_scratch_size=0,
+        profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=True)
+    step({"config": TMA}, 1, "")
+    (compiled,) = kernels["fwd_kernel"].compiled.values()
+    compiled.metadata.tensordesc_meta, compiled.run = [meta] * 3, launcher_class  # type: ignore[attr-defined]
+    look = replay.launcher_of
+    found = look(compiled)
+    assert found is not None and found.function == given.append
+    assert (found.cooperative, found.dependent, found.stream()) == (False, True, 77)
+    monkeypatch.setattr(replay, "launcher_of", lambda compiled: found._replace(
+        function=lambda *arguments: given.append(arguments)))
+    x = step({"config": TMA}, 2, "")
+    (short,) = given
+    given.clear()
+    own = nvidia.wrap_handle_tensordesc(lambda *arguments: given.append(arguments), signature, [meta] * 3)
+    q, k, v = (replay._At(x[name].data_ptr()) for name in "qkv")
+    described = [types.SimpleNamespace(base=base, shape=list(x[name].shape), strides=list(x[name].stride()),
+                                       padding="zero") for name, base in zip("qkv", (q, k, v), strict=True)]
+    own(*short[:13], *described, *short[40:])
+    assert given == [short]
+    for wrong in ({"global_scratch_size": 1}, {"launch": lambda *arguments: None}):
+        compiled.run = object.__new__(nvidia.CudaLauncher)  # type: ignore[attr-defined]
+        compiled.run.__dict__.update(launcher_class.__dict__, **wrong)  # type: ignore[attr-defined]
+        assert look(compiled) is None
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_cuda(varlen: bool, seed: int) -> tuple[Any, list[torch.Tensor]]:
+    torch.manual_seed(seed)
+    x = [t.cuda().requires_grad_() for t in tensors(batch=1 if varlen else 2, seqlen=300)]
+    if varlen:
+        cu = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
+        x = [t.detach()[0].requires_grad_() if t.dim() == 4 else t for t in x]
+        return lambda *given, **options: flash_sink_attn_varlen_func(*given, cu, 64, **options), x
+    return lambda *given, **options: flash_sink_attn_func(*given, 64, **options), x
+
+
+def impl_or_skip(impl: Any) -> None:
+    if impl == "hopper" and (problem := support.device_problem(torch.device("cuda", 0))) is not None:
+        pytest.skip(problem)
+
+
+@needs_cuda
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("impl", ["triton", "hopper"])
+def test_replayed_on_cuda(monkeypatch: pytest.MonkeyPatch, varlen: bool, impl: Any) -> None:
+    """Fresh tensors each time: what a replay computes is what a call in full computes."""
+    impl_or_skip(impl)
+    monkeypatch.undo()      # the kernels themselves
+    dispatch.forget()
+
+    def results(seed: int) -> list[torch.Tensor]:
+        function, x = on_cuda(varlen, seed)
+        o = function(*x, impl=impl, deterministic=True)
+        return [o, *torch.autograd.grad(o, x, torch.ones_like(o).mul_(0.5))]
+
+    replayed = [results(seed) for seed in range(4)][-1]
+    dispatch.forget()
+    for a, b in zip(replayed, results(3), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_cuda
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("impl", ["triton", "hopper"])
+def test_captured_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch, varlen: bool, impl: Any) -> None:
+    """Forward and backward in one graph, which then computes on what its inputs hold."""
+    impl_or_skip(impl)
+    monkeypatch.undo()
+    dispatch.forget()
+    function, x = on_cuda(varlen, 1)
+
+    def run() -> list[torch.Tensor]:
+        o = function(*x, impl=impl, deterministic=True)
+        return [o, *torch.autograd.grad(o, x, torch.ones_like(o))]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        for t in x:
+            t.copy_(torch.randn_like(t))
+    graph.replay()
+    expected = run()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_cuda
+def test_the_short_way_is_taken_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    dispatch.forget()
+    function, x = on_cuda(False, 1)
+    for _ in range(2):
+        function(*x)
+    (call,) = calls._calls.values()
+    assert call._forward is not None
+    taken = [one.direct is not None for one in call._forward.steps]
+    assert all(taken) if triton.__version__.startswith("3.6.") else True
