@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from sweeps import agreement, cli, subjects
 from sweeps.agreement import (
     Agreement,
+    add_ncu,
     calls_of,
     compare,
     markdown,
@@ -91,8 +93,8 @@ def no_heat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "heat", lambda timer, call: call())
 
 
-def compared(device: Device, ncu: Any = None) -> Agreement:
-    return compare("a call", device.call, device, device.profile, ncu)  # type: ignore[arg-type]
+def compared(device: Device) -> Agreement:
+    return compare("a call", device.call, device, device.profile)  # type: ignore[arg-type]
 
 
 def test_the_same_launches_are_seen_by_all_clocks() -> None:
@@ -117,10 +119,17 @@ def test_within_two_percent_or_a_microsecond(kernel: float, offset: float, agree
 
 
 def test_nsight_compute_has_a_vote_where_it_was_asked() -> None:
-    assert compared(Device([1.0]), lambda name: (1.01, "")).agrees()
-    assert not compared(Device([1.0]), lambda name: (1.05, "")).agrees()
-    silent = compared(Device([1.0]), lambda name: (None, "ncu: no permission"))
-    assert silent.agrees() and silent.note == "ncu: no permission"
+    asked: list[Mapping[str, int]] = []
+
+    def says(ms: dict[str, float], note: str = "") -> Callable[[Mapping[str, int]], tuple[dict[str, float], str]]:
+        return lambda kernels: (asked.append(kernels), (ms, note))[1]
+
+    both = [compared(Device([1.0])), dataclasses.replace(compared(Device([1.0])), name="other")]
+    near, other = add_ncu(both, ["a call"], says({"a call": 1.01}))
+    assert near.agrees() and near.ncu_ms == 1.01 and other.ncu_ms is None and asked == [{"a call": 1}]
+    assert not add_ncu(both, ["a call"], says({"a call": 1.05}))[0].agrees()
+    silent, other = add_ncu(both, ["a call"], says({}, "ncu: no permission"))
+    assert silent.agrees() and silent.note == "ncu: no permission" and other.note == ""
 
 
 def test_a_profile_without_kernels_is_an_error() -> None:
@@ -147,26 +156,46 @@ NCU = '''==PROF== Connected to process 1
 
 @pytest.mark.parametrize(("unit", "scale"), [("ns", 1e-6), ("nsecond", 1e-6), ("usecond", 1e-3), ("us", 1e-3)])
 def test_nsight_computes_table_is_read(unit: str, scale: float) -> None:
-    found = ncu_calls_ms(NCU.format(unit=unit, a="2,000"), 2)
+    found = ncu_calls_ms(NCU.format(unit=unit, a="2,000"), [2, 2])
     assert found == pytest.approx([3000 * scale, 3200 * scale])
+    found = ncu_calls_ms(NCU.format(unit=unit, a="2,000"), [1, 1, 2])  # subjects of one kernel and of two
+    assert found == pytest.approx([2000 * scale, 1000 * scale, 3200 * scale])
 
 
 def test_what_nsight_compute_says_instead_of_a_table_is_in_the_error() -> None:
     with pytest.raises(ValueError, match="ERR_NVGPUCTRPERM"):
-        ncu_calls_ms("==ERROR== ERR_NVGPUCTRPERM - no permission", 2)
+        ncu_calls_ms("==ERROR== ERR_NVGPUCTRPERM - no permission", [1, 1])
     with pytest.raises(ValueError, match="known unit, got 'cycle'"):
-        ncu_calls_ms(NCU.format(unit="cycle", a="1"), 2)
-    with pytest.raises(ValueError, match="4 kernels in 3 calls"):
-        ncu_calls_ms(NCU.format(unit="ns", a="1"), 3)
-    command = ncu_command("matmul 1024", 5)
+        ncu_calls_ms(NCU.format(unit="cycle", a="1"), [2, 2])
+    with pytest.raises(ValueError, match="4 kernels in calls of 3"):
+        ncu_calls_ms(NCU.format(unit="ns", a="1"), [1, 1, 1])
+    command = ncu_command(["matmul 1024", "add 16 MiB"], 5)
     assert command[command.index("--clock-control") + 1] == "none" == command[command.index("--cache-control") + 1]
-    assert command[-2:] == ["matmul 1024", "5"]
+    assert command[-3:] == ["5", "matmul 1024", "add 16 MiB"]
 
 
 def test_nsight_compute_that_cannot_be_started_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    found, note = agreement.ncu_ms("matmul 1024")
-    assert found is None and note.startswith("ncu: ") and "ncu" in note
+    found, note = agreement.ncu_ms({"matmul 1024": 1})
+    assert found == {} and note.startswith("ncu: ") and "ncu" in note
+
+
+def test_a_call_that_cannot_be_compared_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, said, kept = Device([0.1]), [], []
+
+    def broken(_: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(agreement, "SUBJECTS", {"a": lambda _: device.call, "b": broken, "c": lambda _: device.call})
+    monkeypatch.setattr(agreement, "cupti_profile", device.profile)
+    monkeypatch.setattr(compare, "__defaults__", (device.profile,))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found, zero = agreement.run_agreement(
+        device, None, names="abc", keep=lambda found, zero: kept.append(len(found)),  # type: ignore[arg-type]
+        say=said.append)
+    assert [one.name for one in found] == ["a", "c"] and kept == [1, 2] and zero == pytest.approx(0.0005)
+    assert said[1] == "b: RuntimeError: CUDA out of memory"
 
 
 def test_the_files_say_who_agrees(tmp_path: Path) -> None:
