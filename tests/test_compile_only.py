@@ -37,7 +37,8 @@ def cubins():
 def compiling(code: str, cache: Path) -> list[Any]:
     """What ``code`` printed, as JSON lines, in a process that may compile and has nothing in its cache."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "FLASH_SINK_ATTN_COMPILE_ONLY": "1", "TRITON_CACHE_DIR": str(cache)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # something may be found by it
+    env |= {"PYTHONPATH": paths, "FLASH_SINK_ATTN_COMPILE_ONLY": "1", "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run([sys.executable, "-c", SETUP + code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
