@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import os
 import statistics
@@ -120,14 +119,11 @@ def ncu_command(names: Iterable[str], count: int) -> list[str]:
             str(count), *names]
 
 
-def ncu_calls_ms(text: str, calls: Sequence[int]) -> list[float]:
-    """Milliseconds of each call in the order performed, its kernels summed, from Nsight Compute's CSV.
-
-    Args:
-        calls: kernels of each call.
+def ncu_calls_ms(text: str, count: int) -> list[list[float]]:
+    """Milliseconds of each of ``count`` calls, its kernels summed, for every subject, from Nsight Compute's CSV.
 
     Raises:
-        ValueError: the text has no such table, or not so many kernels.
+        ValueError: the text has no such table, or a subject's kernels do not divide among the calls.
     """
     lines = text.splitlines()
     start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
@@ -136,29 +132,36 @@ def ncu_calls_ms(text: str, calls: Sequence[int]) -> list[float]:
     units, *rows = csv.DictReader(io.StringIO("\n".join(lines[start:])))
     if _METRIC not in units or units[_METRIC] not in _UNITS_MS:
         raise ValueError(f"Nsight Compute's table has no {_METRIC} in a known unit, got {units.get(_METRIC)!r}")
-    times = [float(row[_METRIC].replace(",", "")) * _UNITS_MS[units[_METRIC]] for row in rows if row.get(_METRIC)]
-    if len(times) != sum(calls):
-        raise ValueError(f"Nsight Compute saw {len(times)} kernels in calls of {sum(calls)}")
-    ends = list(itertools.accumulate(calls))
-    return [sum(times[end - size:end]) for size, end in zip(calls, ends, strict=True)]
+    subjects: list[list[float]] = []
+    for row in rows:
+        if row.get("Kernel Name") and _SPIN_KERNEL in row["Kernel Name"]:
+            subjects.append([])  # each begins with one
+        elif row.get(_METRIC) and subjects:
+            subjects[-1].append(float(row[_METRIC].replace(",", "")) * _UNITS_MS[units[_METRIC]])
+    found = []
+    for times in subjects:
+        size = len(times) // count
+        if not times or size * count != len(times):
+            raise ValueError(f"Nsight Compute saw {len(times)} kernels in {count} calls")
+        found.append([sum(times[n:n + size]) for n in range(0, len(times), size)])
+    return found
 
 
-def ncu_ms(kernels: Mapping[str, int]) -> tuple[dict[str, float], str]:
-    """The medians by Nsight Compute, and why there are none, "" = there are.
+def ncu_ms(names: Sequence[str]) -> tuple[dict[str, float], str]:
+    """The subjects' medians by Nsight Compute, and why there are none, "" = there are.
 
     It is started once for all of them: starting takes longer than measuring.
-
-    Args:
-        kernels: the subjects with the number of kernels of a call.
     """
     paths = os.pathsep.join([str(Path(__file__).resolve().parent.parent), *(path for path in sys.path if path)])
     try:
-        done = subprocess.run(ncu_command(kernels, NCU_CALLS), capture_output=True, text=True, timeout=_NCU_TIMEOUT_S,
+        done = subprocess.run(ncu_command(names, NCU_CALLS), capture_output=True, text=True, timeout=_NCU_TIMEOUT_S,
                               env={**os.environ, "PYTHONPATH": paths})
-        times = ncu_calls_ms(done.stdout, [size for size in kernels.values() for _ in range(NCU_CALLS)])
+        times = ncu_calls_ms(done.stdout, NCU_CALLS)
+        if len(times) != len(names):
+            raise ValueError(f"Nsight Compute saw {len(times)} of {len(names)} calls: {done.stderr[-200:]}")
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
         return {}, f"ncu: {str(error)[:300]}"
-    return {name: statistics.median(times[n * NCU_CALLS:(n + 1) * NCU_CALLS]) for n, name in enumerate(kernels)}, ""
+    return {name: statistics.median(own) for name, own in zip(names, times, strict=True)}, ""
 
 
 # ---- the comparison
@@ -242,9 +245,9 @@ def run_agreement(timer: DeviceTimer, device: Any, *, names: Iterable[str] = SUB
 
 
 def add_ncu(found: Sequence[Agreement], names: Collection[str],
-            ask: Callable[[Mapping[str, int]], tuple[dict[str, float], str]] = ncu_ms) -> list[Agreement]:
+            ask: Callable[[Sequence[str]], tuple[dict[str, float], str]] = ncu_ms) -> list[Agreement]:
     """The comparisons, with Nsight Compute's time or why it is missing in those that are named."""
-    times, note = ask({one.name: one.kernels for one in found if one.name in names})
+    times, note = ask([one.name for one in found if one.name in names])
     return [dataclasses.replace(one, ncu_ms=times.get(one.name), note=note) if one.name in names else one
             for one in found]
 

@@ -119,14 +119,14 @@ def test_within_two_percent_or_a_microsecond(kernel: float, offset: float, agree
 
 
 def test_nsight_compute_has_a_vote_where_it_was_asked() -> None:
-    asked: list[Mapping[str, int]] = []
+    asked: list[Sequence[str]] = []
 
-    def says(ms: dict[str, float], note: str = "") -> Callable[[Mapping[str, int]], tuple[dict[str, float], str]]:
-        return lambda kernels: (asked.append(kernels), (ms, note))[1]
+    def says(ms: dict[str, float], note: str = "") -> Callable[[Sequence[str]], tuple[dict[str, float], str]]:
+        return lambda names: (asked.append(names), (ms, note))[1]
 
     both = [compared(Device([1.0])), dataclasses.replace(compared(Device([1.0])), name="other")]
     near, other = add_ncu(both, ["a call"], says({"a call": 1.01}))
-    assert near.agrees() and near.ncu_ms == 1.01 and other.ncu_ms is None and asked == [{"a call": 1}]
+    assert near.agrees() and near.ncu_ms == 1.01 and other.ncu_ms is None and asked == [["a call"]]
     assert not add_ncu(both, ["a call"], says({"a call": 1.05}))[0].agrees()
     silent, other = add_ncu(both, ["a call"], says({}, "ncu: no permission"))
     assert silent.agrees() and silent.note == "ncu: no permission" and other.note == ""
@@ -146,6 +146,7 @@ NCU = '''==PROF== Connected to process 1
 ==PROF== Profiling "_bwd_dq" - 0: 0%....50%....100% - 1 pass
 "ID","Process ID","Kernel Name","gpu__time_duration.sum"
 "","","","{unit}"
+"0","1","void at::cuda::spin_kernel(long)","77"
 "0","1","_bwd_dq","{a}"
 "1","1","_bwd_dkdv","1,000"
 "2","1","_bwd_dq","{a}"
@@ -156,19 +157,21 @@ NCU = '''==PROF== Connected to process 1
 
 @pytest.mark.parametrize(("unit", "scale"), [("ns", 1e-6), ("nsecond", 1e-6), ("usecond", 1e-3), ("us", 1e-3)])
 def test_nsight_computes_table_is_read(unit: str, scale: float) -> None:
-    found = ncu_calls_ms(NCU.format(unit=unit, a="2,000"), [2, 2])
+    table = NCU.format(unit=unit, a="2,000")
+    (found,) = ncu_calls_ms(table, 2)
     assert found == pytest.approx([3000 * scale, 3200 * scale])
-    found = ncu_calls_ms(NCU.format(unit=unit, a="2,000"), [1, 1, 2])  # subjects of one kernel and of two
-    assert found == pytest.approx([2000 * scale, 1000 * scale, 3200 * scale])
+    more = '"4","1","void at::cuda::spin_kernel(long)","77"\n"5","1","_fwd","10"\n"6","1","_fwd","11"\n'
+    both = ncu_calls_ms(table.replace("==PROF== Dis", more + "==PROF== Dis"), 2)  # subjects of two kernels and of one
+    assert both == [found, pytest.approx([10 * scale, 11 * scale])]
 
 
 def test_what_nsight_compute_says_instead_of_a_table_is_in_the_error() -> None:
     with pytest.raises(ValueError, match="ERR_NVGPUCTRPERM"):
-        ncu_calls_ms("==ERROR== ERR_NVGPUCTRPERM - no permission", [1, 1])
+        ncu_calls_ms("==ERROR== ERR_NVGPUCTRPERM - no permission", 2)
     with pytest.raises(ValueError, match="known unit, got 'cycle'"):
-        ncu_calls_ms(NCU.format(unit="cycle", a="1"), [2, 2])
-    with pytest.raises(ValueError, match="4 kernels in calls of 3"):
-        ncu_calls_ms(NCU.format(unit="ns", a="1"), [1, 1, 1])
+        ncu_calls_ms(NCU.format(unit="cycle", a="1"), 2)
+    with pytest.raises(ValueError, match="4 kernels in 3 calls"):
+        ncu_calls_ms(NCU.format(unit="ns", a="1"), 3)
     command = ncu_command(["matmul 1024", "add 16 MiB"], 5)
     assert command[command.index("--clock-control") + 1] == "none" == command[command.index("--cache-control") + 1]
     assert command[-3:] == ["5", "matmul 1024", "add 16 MiB"]
@@ -176,7 +179,7 @@ def test_what_nsight_compute_says_instead_of_a_table_is_in_the_error() -> None:
 
 def test_nsight_compute_that_cannot_be_started_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    found, note = agreement.ncu_ms({"matmul 1024": 1})
+    found, note = agreement.ncu_ms(["matmul 1024"])
     assert found == {} and note.startswith("ncu: ") and "ncu" in note
 
 
