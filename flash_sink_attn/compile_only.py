@@ -7,10 +7,14 @@ lands in Triton's on-disk cache) is what a call with the same shapes, strides an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +24,7 @@ from flash_sink_attn._mode import COMPILE_ONLY, triton
 from flash_sink_attn.config import AnyConfig, Kernel, TileConfig, reproducible
 from flash_sink_attn.kernels import launch
 from flash_sink_attn.layout import Sequences
-from flash_sink_attn.machine_code import disassemble, fault_of
+from flash_sink_attn.machine_code import disassemble, fault_of, kept
 
 
 class _AbsentGpu:
@@ -57,7 +61,6 @@ class Built:
         binary: hash of the machine code; equal for configurations that compile to the same kernel.
         cached: whether Triton's cache on disk had it, so that nothing was compiled.
         fault: why the machine code cannot be what the source says (flash_sink_attn.sass_check), None = no such sign.
-        sass: the disassembly.
     """
 
     registers: int
@@ -71,23 +74,54 @@ class Built:
     binary: str
     cached: bool
     fault: str | None
-    sass: str = dataclasses.field(repr=False)
 
 
 _COUNTED = {"hgmma": r"HGMMA", "tma": r"UTMALDG|UTMASTG|UTMAREDG|UBLKCP", "local": r"LDL|STL", "mufu": r"MUFU"}
 
 
 def _inspect(compiled: Any, cached: bool = False) -> Built:
-    text = disassemble(compiled.asm["cubin"])
+    """Disassembling takes a quarter second, so what it told is kept beside the kernel."""
+    facts = json.loads(kept(compiled, "facts", _code_version(), lambda cubin: json.dumps(_facts(disassemble(cubin)))))
+    shared = int(compiled.metadata.shared)
+    binary = hashlib.sha256(f"{facts.pop('code')}{shared}".encode()).hexdigest()[:16]
+    return Built(**facts, shared_bytes=shared, cached=cached, fault=fault_of(compiled), binary=binary)
+
+
+def _facts(text: str) -> dict[str, Any]:
+    """What cuobjdump's text says: registers, spills and the counts of Built, and as ``code`` a hash of the code."""
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump: expected a line with REG and STACK, got {text[:200]!r}")
     sass = "\n".join(line.strip() for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line))
     counts = {name: len(re.findall(rf"\b(?:{names})\b", sass)) for name, names in _COUNTED.items()}
-    return Built(registers=int(usage[1]), spills=int(usage[2]), shared_bytes=int(compiled.metadata.shared), **counts,
-                 instructions=sass.count("\n") + 1 - len(re.findall(r"\bNOP\b", sass)), cached=cached,
-                 fault=fault_of(compiled), sass=sass,
-                 binary=hashlib.sha256(sass.encode() + str(compiled.metadata.shared).encode()).hexdigest()[:16])
+    return {"registers": int(usage[1]), "spills": int(usage[2]), **counts,
+            "instructions": sass.count("\n") + 1 - len(re.findall(r"\bNOP\b", sass)),
+            "code": hashlib.sha256(sass.encode()).hexdigest()}
+
+
+@functools.cache
+def _code_version() -> bytes:
+    return Path(__file__).read_bytes()
+
+
+_stubs_possible = True
+
+
+def _build_launcher(compiled: Any) -> None:
+    """Build Triton's C stub for launches of this kernel's signature, into the cache where a launch looks for it.
+
+    It takes half a second of gcc, which otherwise the first launch pays, with the GPU waiting. It is linked with the
+    driver's library: on a machine without a driver there is none, and nothing that could be launched.
+    """
+    global _stubs_possible
+    if not _stubs_possible:
+        return
+    _stubs_possible = False  # until it has worked
+    with contextlib.suppress(Exception):  # a Triton that does it in another way builds it at the first launch
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        CudaLauncher(compiled.src, compiled.metadata)
+        _stubs_possible = True
 
 
 def set_target(arch: int) -> None:
@@ -143,4 +177,5 @@ def compile_kernel(
             backward = importlib.import_module("flash_sink_attn.hopper.launch_backward").backward
             compiled = backward(q, k, v, sink, o, lse, o, None, q, k, v, sink, deterministic=reproducible(config),
                                 **call)
+    _build_launcher(compiled)
     return _inspect(compiled, cached=found.misses == 0)

@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ def tool(name: str) -> str:
     return str(path)
 
 
+@functools.lru_cache(maxsize=2)
 def disassemble(cubin: bytes) -> str:
-    """What ``cuobjdump -res-usage -sass`` prints of a kernel.
+    """What ``cuobjdump -res-usage -sass`` prints of a kernel; who asks twice in a row waits once.
 
     Raises:
         FileNotFoundError, subprocess.CalledProcessError: it is not there, or cannot read the kernel.
@@ -41,6 +43,26 @@ def disassemble(cubin: bytes) -> str:
                               check=True).stdout
 
 
+def kept(compiled: Any, name: str, version: bytes, make: Callable[[bytes], str]) -> str:
+    """``make(cubin)``, looked up in Triton's cache beside the kernel, or made now and kept there.
+
+    Args:
+        name: of what is kept, the file's suffix.
+        version: changes when ``make`` would say something else about the same machine code.
+        make: what it raises is not kept.
+    """
+    cubin: bytes = compiled.asm["cubin"]
+    path = Path(triton.knobs.cache.dir) / f"{hashlib.sha256(cubin + version).hexdigest()}.sink_attn_{name}"
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    text = make(cubin)
+    with contextlib.suppress(OSError):  # without a cache that can be written it is made anew each time
+        made = path.with_name(f"{path.name}.{os.getpid()}")
+        made.write_text(text)
+        made.replace(path)
+    return text
+
+
 def fault_of(compiled: Any) -> str | None:
     """Why a compiled kernel computes something else than its source says, None where nothing speaks for that.
 
@@ -50,19 +72,10 @@ def fault_of(compiled: Any) -> str | None:
     """
     if compiled.metadata.target.arch != 90:
         return None
-    cubin: bytes = compiled.asm["cubin"]
-    verdict = Path(triton.knobs.cache.dir) / f"{hashlib.sha256(cubin + _check_version()).hexdigest()}.sink_attn_check"
-    with contextlib.suppress(OSError):
-        return verdict.read_text() or None
     try:
-        fault = register_fault(disassemble(cubin))
+        return kept(compiled, "check", _check_version(), lambda cubin: register_fault(disassemble(cubin)) or "") or None
     except (OSError, subprocess.CalledProcessError) as error:
         return f"its machine code cannot be checked ({error})"
-    with contextlib.suppress(OSError):  # without a cache that can be written it is found anew each time
-        made = verdict.with_suffix(f".{os.getpid()}")
-        made.write_text(fault or "")
-        made.replace(verdict)
-    return fault
 
 
 @functools.cache

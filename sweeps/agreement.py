@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sweeps.measure import Call, DeviceTimer, spin_for
 from sweeps.subjects import SMALLEST, SUBJECTS, heat
 
 RELATIVE, ABSOLUTE_MS = 0.02, 0.001     # device time agrees within the larger of these
-ROUNDS = 3
+ROUNDS = 2
 NCU_CALLS = 7
 _ROUND_MS = 60.0
 _SPIN_KERNEL = "spin_kernel"
@@ -112,18 +112,18 @@ def cupti_profile(work: Call) -> Mapping[str, Any]:
 # ---- Nsight Compute
 
 
-def ncu_command(name: str, count: int) -> list[str]:
-    """Nsight Compute over one subject, with neither its clock control nor its cache control."""
+def ncu_command(names: Iterable[str], count: int) -> list[str]:
+    """Nsight Compute over some subjects, one after the other, with neither its clock control nor its cache control."""
     return ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--metrics", _METRIC, "--clock-control", "none",
-            "--cache-control", "none", "--profile-from-start", "off", sys.executable, "-m", "sweeps.subjects", name,
-            str(count)]
+            "--cache-control", "none", "--profile-from-start", "off", sys.executable, "-m", "sweeps.subjects",
+            str(count), *names]
 
 
-def ncu_calls_ms(text: str, count: int) -> list[float]:
-    """Milliseconds of each of ``count`` calls, its kernels summed, from Nsight Compute's CSV.
+def ncu_calls_ms(text: str, count: int) -> list[list[float]]:
+    """Milliseconds of each of ``count`` calls, its kernels summed, for every subject, from Nsight Compute's CSV.
 
     Raises:
-        ValueError: the text has no such table, or its kernels do not divide among the calls.
+        ValueError: the text has no such table, or a subject's kernels do not divide among the calls.
     """
     lines = text.splitlines()
     start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
@@ -132,35 +132,47 @@ def ncu_calls_ms(text: str, count: int) -> list[float]:
     units, *rows = csv.DictReader(io.StringIO("\n".join(lines[start:])))
     if _METRIC not in units or units[_METRIC] not in _UNITS_MS:
         raise ValueError(f"Nsight Compute's table has no {_METRIC} in a known unit, got {units.get(_METRIC)!r}")
-    times = [float(row[_METRIC].replace(",", "")) * _UNITS_MS[units[_METRIC]] for row in rows if row.get(_METRIC)]
-    size = len(times) // count
-    if not times or size * count != len(times):
-        raise ValueError(f"Nsight Compute saw {len(times)} kernels in {count} calls")
-    return [sum(times[n:n + size]) for n in range(0, len(times), size)]
+    subjects: list[list[float]] = []
+    for row in rows:
+        if row.get("Kernel Name") and _SPIN_KERNEL in row["Kernel Name"]:
+            subjects.append([])  # each begins with one
+        elif row.get(_METRIC) and subjects:
+            subjects[-1].append(float(row[_METRIC].replace(",", "")) * _UNITS_MS[units[_METRIC]])
+    found = []
+    for times in subjects:
+        size = len(times) // count
+        if not times or size * count != len(times):
+            raise ValueError(f"Nsight Compute saw {len(times)} kernels in {count} calls")
+        found.append([sum(times[n:n + size]) for n in range(0, len(times), size)])
+    return found
 
 
-def ncu_ms(name: str) -> tuple[float | None, str]:
-    """The median by Nsight Compute, or None and why."""
+def ncu_ms(names: Sequence[str]) -> tuple[dict[str, float], str]:
+    """The subjects' medians by Nsight Compute, and why there are none, "" = there are.
+
+    It is started once for all of them: starting takes longer than measuring.
+    """
     paths = os.pathsep.join([str(Path(__file__).resolve().parent.parent), *(path for path in sys.path if path)])
     try:
-        done = subprocess.run(ncu_command(name, NCU_CALLS), capture_output=True, text=True, timeout=_NCU_TIMEOUT_S,
+        done = subprocess.run(ncu_command(names, NCU_CALLS), capture_output=True, text=True, timeout=_NCU_TIMEOUT_S,
                               env={**os.environ, "PYTHONPATH": paths})
-        return statistics.median(ncu_calls_ms(done.stdout, NCU_CALLS)), ""
+        times = ncu_calls_ms(done.stdout, NCU_CALLS)
+        if len(times) != len(names):
+            raise ValueError(f"Nsight Compute saw {len(times)} of {len(names)} calls: {done.stderr[-200:]}")
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
-        return None, f"ncu: {str(error)[:300]}"
+        return {}, f"ncu: {str(error)[:300]}"
+    return {name: statistics.median(own) for name, own in zip(names, times, strict=True)}, ""
 
 
 # ---- the comparison
 
 
-def compare(name: str, call: Call, timer: DeviceTimer, profile: Profile = cupti_profile,
-            ncu: Callable[[str], tuple[float | None, str]] | None = None) -> Agreement:
-    """One call by all clocks, in turn.
+def compare(name: str, call: Call, timer: DeviceTimer, profile: Profile = cupti_profile) -> Agreement:
+    """One call by our clock and CUPTI's, in turn.
 
     Args:
         call: has run before.
         profile: CUPTI's view of some work, as a torch.profiler trace.
-        ncu: Nsight Compute's view of the subject, None = not asked.
 
     Raises:
         ValueError: CUPTI saw no kernel of the call.
@@ -187,12 +199,11 @@ def compare(name: str, call: Call, timer: DeviceTimer, profile: Profile = cupti_
     if not ours or not profiled or not kernels or not all(kernels):
         raise ValueError(f"{name}: expected kernels in every call and the host ahead of the device, got {len(ours)} "
                          f"samples of ours, {len(kernels)} calls seen by CUPTI")
-    by_ncu, note = ncu(name) if ncu else (None, "")
     return Agreement(
         name, statistics.median(ours), statistics.median(graph) if graph else None, statistics.median(profiled),
         statistics.median(sum(ms for _, ms in own) for own in kernels),
-        statistics.median(own[-1][0] + own[-1][1] - own[0][0] for own in kernels), by_ncu,
-        statistics.mode(map(len, kernels)), len(ours), note)
+        statistics.median(own[-1][0] + own[-1][1] - own[0][0] for own in kernels), None,
+        statistics.mode(map(len, kernels)), len(ours))
 
 
 def zero_ms(timer: DeviceTimer) -> float:
@@ -201,26 +212,44 @@ def zero_ms(timer: DeviceTimer) -> float:
     return statistics.median(ms for ms, _ in samples)
 
 
-def run_agreement(timer: DeviceTimer, device: Any, *, ncu: bool, names: Iterable[str] = SUBJECTS,
+def run_agreement(timer: DeviceTimer, device: Any, *, names: Iterable[str] = SUBJECTS,
+                  keep: Callable[[Sequence[Agreement], float], None] = lambda found, zero: None,
                   say: Callable[[str], None] = print) -> tuple[list[Agreement], float]:
-    """Every subject by all clocks, and what a pair of events shows around nothing.
+    """Every subject by our clock and CUPTI's, and what a pair of events shows around nothing.
+
+    A subject that cannot be compared is said and left out.
 
     Args:
-        ncu: ask Nsight Compute as well; it is started once per subject.
+        keep: given what is there after every subject, since the next one may be the last.
         say: told what comes next.
     """
     import torch
 
     cupti_profile(lambda: torch.cuda.synchronize(device))  # the first profile pays for loading CUPTI
-    found = []
+    zero = zero_ms(timer)
+    found: list[Agreement] = []
     for name in names:
-        say(name)
-        call = SUBJECTS[name](device)
-        call()
-        found.append(compare(name, call, timer, ncu=ncu_ms if ncu else None))
-        del call
-        torch.cuda.empty_cache()
-    return found, zero_ms(timer)
+        try:
+            call = SUBJECTS[name](device)
+            call()
+            found.append(compare(name, call, timer))
+        except (ValueError, RuntimeError, StopIteration) as error:
+            say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+            continue
+        finally:
+            call = None  # type: ignore[assignment]  # its tensors would be in the next one's way
+            torch.cuda.empty_cache()
+        say(f"{name}: {1e3 * found[-1].ours_ms:.2f} us, CUPTI {1e3 * found[-1].cupti_ms:.2f} us")
+        keep(found, zero)
+    return found, zero
+
+
+def add_ncu(found: Sequence[Agreement], names: Collection[str],
+            ask: Callable[[Sequence[str]], tuple[dict[str, float], str]] = ncu_ms) -> list[Agreement]:
+    """The comparisons, with Nsight Compute's time or why it is missing in those that are named."""
+    times, note = ask([one.name for one in found if one.name in names])
+    return [dataclasses.replace(one, ncu_ms=times.get(one.name), note=note) if one.name in names else one
+            for one in found]
 
 
 def write_agreement(folder: Path, found: Sequence[Agreement], zero: float, facts: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -159,6 +160,8 @@ def connect() -> Connection:
     down, up = (int(fd) for fd in os.environ.pop(_PIPE_VARIABLE).split(","))
     for fd in (down, up):
         os.set_inheritable(fd, False)  # compilers it starts must not hold the pipes open
+    # Dumping the memory of a process with CUDA or LLVM in it takes longer than whatever it died of.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     except (OSError, AttributeError):

@@ -16,6 +16,7 @@ from sweeps.failures import classify, message, shorten
 _ENV = {"FLASH_SINK_ATTN_COMPILE_ONLY": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0",
         "OMP_NUM_THREADS": "1"}
 _START_LIMIT_S = 180.0
+_MAX_FAILED_STARTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,10 @@ class CompilePool:
         self._failed_starts = 0
 
     def submit(self, tasks: Sequence[CompileTask]) -> None:
+        """Takes the tasks, and starts compilers for them."""
         self._tasks.extend(tasks)
+        if self._failed_starts < _MAX_FAILED_STARTS:
+            self._hand_out()
 
     def withdraw(self, ids: set[str]) -> None:
         """Forgets tasks that nobody has begun."""
@@ -100,10 +104,13 @@ class CompilePool:
         self._tasks.clear()
 
     def _assign(self, results: list[CompileResult]) -> None:
-        if self._failed_starts >= 3:  # no compiler will come up: the tasks must not wait for ever
+        if self._failed_starts >= _MAX_FAILED_STARTS:  # no compiler will come up: the tasks must not wait for ever
             while self._tasks:
                 results.append(CompileResult(self._tasks.popleft().id, "compile_error",
                                              "the compiler process cannot be started"))
+        self._hand_out()
+
+    def _hand_out(self) -> None:
         while len(self._compilers) < min(self._size, len(self._tasks) + self._busy()):
             self._compilers.append(_Compiler(Child("sweeps.compile_pool", env=_ENV)))
         for compiler in self._compilers:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -66,26 +69,39 @@ def repeat(
 
 def agreement(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default results/<gpu>/<utc>-agreement.")] = None,
+    only: Annotated[str, typer.Option(metavar="GLOB", help="Only calls that match, such as '*gpt-oss*'.")] = "*",
     ncu: Annotated[bool, typer.Option("--ncu", help="Ask Nsight Compute as well; ncu must be on the PATH.")] = False,
+    ncu_only: Annotated[str, typer.Option(metavar="GLOB", help="With --ncu: ask it about these calls alone.")] = "*",
 ) -> None:
     """Compare our device time with the hardware's own, on kernels from 15 us to 20 ms."""
-    import shutil
-
     import torch
 
-    from sweeps.agreement import markdown, run_agreement, write_agreement
+    from sweeps.agreement import Agreement, add_ncu, markdown, run_agreement, write_agreement
     from sweeps.measure import DeviceTimer
+    from sweeps.subjects import SUBJECTS
 
+    names = fnmatch.filter(SUBJECTS, only)
+    if not names:
+        _fail(BAD_CONFIG, f"--only: {only!r} matches none of {', '.join(SUBJECTS)}")
     if not torch.cuda.is_available():
         _fail(WRONG_CARD, "agreement: expected a CUDA device, this machine has none")
     if ncu and shutil.which("ncu") is None:
         _fail(BAD_CONFIG, "--ncu: expected ncu on the PATH, found none")
     env = environment()
     folder = out or new_run_dir(RESULTS, gpu_slug(env["gpu"]), "agreement")
-    device = torch.device("cuda", 0)
-    found, zero = run_agreement(DeviceTimer(device), device, ncu=ncu, say=typer.echo)
     facts = {name: env[name] for name in ("gpu", "driver", "cuda", "torch", "triton")}
-    write_agreement(folder, found, zero, facts)
+    device = torch.device("cuda", 0)
+
+    def keep(found: Sequence[Agreement], zero: float) -> None:
+        write_agreement(folder, found, zero, facts)
+
+    found, zero = run_agreement(DeviceTimer(device), device, names=names, keep=keep, say=typer.echo)
+    if not found:
+        _fail(BAD_RUN, "agreement: no call could be compared")
+    if ncu:
+        typer.echo("Nsight Compute")
+        found = add_ncu(found, fnmatch.filter(names, ncu_only))
+        keep(found, zero)
     make_console().print(markdown(found, zero, facts), markup=False, highlight=False, soft_wrap=True)
     typer.echo(f"{folder}: agreement.md, agreement.csv")
 

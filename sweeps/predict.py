@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,22 +105,26 @@ class Costs:
     Args:
         runs: rows of one run each, in the order of its log; the newest run first. Of every group the newest run that
             has it counts alone: what an older version of the suite or of a peer took says little.
-        finals: records of finals of these runs.
+        finals: records of the finals of each of these runs; fewer where the last ones have none.
     """
 
-    def __init__(self, runs: Iterable[Sequence[Row]], finals: Iterable[Row] = ()) -> None:
+    def __init__(self, runs: Iterable[Sequence[Row]], finals: Sequence[Sequence[Row]] = ()) -> None:
         self._stages, self._builds = _Mean(), _Mean()
         outcomes: dict[tuple[str, str], dict[int, bool]] = {}
         self.runs = 0
+        held: list[Sequence[Row]] = []
         for number, rows in enumerate(runs):
+            held.append(rows)
             self.runs += 1
             seen: set[Hashable] = set()
+            warm = _was_warm(rows)
             for row in rows:
                 runs_here = row["status"] not in _NOT_RUN
                 outcome = outcomes.setdefault((row["impl"], row["pass"]), {})
                 outcome[number] = outcome.get(number, False) or runs_here
                 peer = is_peer(row["impl"])
-                if row.get("compile_s") is not None and not peer and not row.get("cache_hit"):
+                # What a cold run finds built it has built itself for another case: it belongs to what its trials cost.
+                if row.get("compile_s") is not None and not peer and not (warm and row.get("cache_hit")):
                     self._builds.add([row["pass"], None], row["compile_s"], number)
                 if not runs_here or not row.get("seconds"):
                     continue
@@ -131,8 +135,7 @@ class Costs:
         self.known = {impl for impl, _ in outcomes}
         # Not installed there, or able to do none of the cases: so it ended in the newest run that asked.
         self.never_run = {key for key, by_run in outcomes.items() if not by_run[min(by_run)]}
-        spent = [sum(record["seconds"].values()) for record in finals if record.get("seconds")]
-        self.final_s = statistics.fmean(spent) if spent else FINAL_S
+        self.final_s = _final_s(held, finals)
 
     def build_s(self, pass_: str) -> float:
         """Seconds to build one configuration of ours."""
@@ -141,6 +144,18 @@ class Costs:
     def stages(self, impl: str, case: Case, seen: set[Hashable]) -> dict[str, float]:
         """Seconds by stage of one trial; ``seen`` remembers which groups have had their first one."""
         return {stage: self._stages.of(_keys(stage, impl, case, seen)) for stage in STAGES}
+
+
+def _final_s(runs: Sequence[Sequence[Row]], finals: Sequence[Sequence[Row]]) -> float:
+    """Seconds of finals for each case with more than one candidate of ours, contested or not, in the runs with any."""
+    spent, cases = 0.0, 0
+    for rows, records in zip(runs, finals, strict=False):
+        took = [sum(record["seconds"].values()) for record in records if record.get("seconds")]
+        if took:
+            timed = Counter(row["case"] for row in rows if row["status"] == "ok" and not is_peer(row["impl"]))
+            spent += sum(took)
+            cases += sum(n > 1 for n in timed.values())
+    return spent / cases if cases else FINAL_S
 
 
 def _keys(stage: str, impl: str, case: Case, seen: set[Hashable]) -> list[Hashable]:
@@ -174,17 +189,17 @@ def history(results: Path, gpu: str, limit: int = 5) -> tuple[Costs, int | None]
             continue
         if gpu_slug(env.get("gpu") or "") == gpu_slug(gpu) and env.get("timing_mode") != "compile-only":
             found.append((env.get("started", ""), path.parent, env))
-    runs: list[list[Row]] = []
-    finals: list[Row] = []
+    runs: list[tuple[list[Row], list[Row]]] = []
     latest = sorted(found, key=lambda item: item[:2], reverse=True)[:limit]
     for _, run_dir, env in latest:
         try:
             rows = read_rows(run_dir)
         except StoreError:
             continue
-        runs.append([row for row in rows if row["gpu"] == env["gpu"]])
-        finals += _finals(run_dir)
-    return Costs(sorted(runs, key=_was_warm), finals), latest[0][2].get("cpu_count") if latest else None
+        runs.append(([row for row in rows if row["gpu"] == env["gpu"]], _finals(run_dir)))
+    runs.sort(key=lambda run: _was_warm(run[0]))
+    costs = Costs([rows for rows, _ in runs], [finals for _, finals in runs])
+    return costs, latest[0][2].get("cpu_count") if latest else None
 
 
 def _was_warm(rows: Sequence[Row]) -> bool:

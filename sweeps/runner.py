@@ -159,6 +159,8 @@ class _Runner:
         new = [p for p in new if not self._settled_unrun(p)]
         self._waiting += new
         self._alone += [(self._workers.lanes[0], f) for f in left if not self._lost_twice(f)]
+        if not self._compile_only and (self._alone or any(not p.peer for p in new)):
+            self._workers.start_ours()  # before a dozen compilers import Torch beside it
         self._pool.submit([CompileTask(p.key, p.use, p.trial.options, p.trial.case, p.trial.config, self._env["arch"])
                            for p in new if p.must_compile])
         self._work(lambda job: isinstance(job, PendingFinal) or not job.peer)
@@ -184,9 +186,15 @@ class _Runner:
             if not self.stopped:
                 self._assign()
             self._wait()
-            # First the workers: the device is free until the next of them is told that it may go on.
-            for finished in self._workers.poll():
-                self._finished(finished)
+            # First the workers: the device is free until the next of them is told that it may go on. A row is written
+            # before its worker gets the next trial, and waited for and told of after that.
+            events = [event for done in self._workers.poll() if (event := self._finished(done))]
+            self._check_limit()
+            if events and not self.stopped:
+                self._assign()
+            self._store.sync()
+            for event in events:
+                self._tell(event)
             for result in self._pool.poll():
                 self._built(result)
 
@@ -301,13 +309,13 @@ class _Runner:
 
     # ---- what comes back
 
-    def _finished(self, done: Finished) -> None:
+    def _finished(self, done: Finished) -> Event | None:
+        """Writes down what a worker has told, not waiting for the disk; what is to be told of it, None = nothing."""
         fields = dict(done.outcome.fields)
         if done.overlapped_s is not None:
             fields["overlapped"] = done.overlapped_s
         if isinstance(done.job, PendingFinal):
-            self._record(done.job, fields)
-            return
+            return self._add_record(done.job, fields, sync=False)
         p: PendingTrial = done.job
         status, text = fields.pop("status"), fields.pop("message")
         if status == "unavailable" or done.outcome.stage == "import":  # its other trials would end the same way
@@ -315,8 +323,8 @@ class _Runner:
         if status == "oom" and p.oom is None and self._workers.others_hold_memory(done.lane):
             p.oom = status, text, fields
             self._alone.insert(0, (done.lane, p))
-        else:
-            self._row(p, status, text, **fields)
+            return None
+        return self._add_row(p, status, text, fields, sync=False)
 
     def _stage_limit_s(self, stage: str) -> float:
         timing = self._spec.timing
@@ -332,22 +340,28 @@ class _Runner:
     # ---- rows
 
     def _row(self, p: PendingTrial, status: str, text: str, **fields: Any) -> None:
+        self._tell(self._add_row(p, status, text, fields))
+
+    def _add_row(self, p: PendingTrial, status: str, text: str, fields: dict[str, Any], sync: bool = True) -> Event:
         found = self._catalogue.get(p)
         implementation, versions = (None, {}) if isinstance(found, str) else found
         row = self._store.append(make_row(p.trial, p.key, self._env, self._card, p.compiled, fields | {
             "status": status, "message": text, "versions": versions,
-            "is_flash": implementation is not None and implementation.is_flash}))
+            "is_flash": implementation is not None and implementation.is_flash}), sync=sync)
         self._remember_binary(row)
         self._written.add(p.key)
         self._new_rows += 1
         self._done += 1
-        self._tell({"event": "row", "row": row, "done": self._done, "total": len(self._known)})
+        return {"event": "row", "row": row, "done": self._done, "total": len(self._known)}
 
     def _record(self, f: PendingFinal, outcome: Mapping[str, Any]) -> None:
-        record = self._store.append_final(f.record(self._env, outcome))
+        self._tell(self._add_record(f, outcome))
+
+    def _add_record(self, f: PendingFinal, outcome: Mapping[str, Any], sync: bool = True) -> Event:
+        record = self._store.append_final(f.record(self._env, outcome), sync=sync)
         self._new_finals += 1
         self._done += 1
-        self._tell({"event": "final", "record": record, "done": self._done, "total": len(self._known)})
+        return {"event": "final", "record": record, "done": self._done, "total": len(self._known)}
 
     def _on_stage(self, job: PendingTrial | PendingFinal, stage: str) -> None:
         self._tell({"event": "trial", "trial": job.id, "stage": stage})

@@ -70,6 +70,7 @@ class Store:
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, int] = {}
+        self._unsynced: dict[str, int] = {}  # file -> its size when all of it was on the disk
         try:
             for name in (LOG, FINALS, STARTED):
                 self._files[name] = os.open(run_dir / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -97,18 +98,30 @@ class Store:
         record = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint(env), "started": now, **env}
         _replace(path, json.dumps(record | {"earlier": earlier}, indent=1) + "\n")
 
-    def append(self, row: Mapping[str, Any]) -> Row:
+    def append(self, row: Mapping[str, Any], *, sync: bool = True) -> Row:
         """Writes one row to the disk, or nothing of it. Returns it as written: numbers that are not finite are None.
+
+        Args:
+            sync: wait for the disk. Without, the row outlives this process, and the machine after :meth:`sync`.
 
         Raises:
             ValueError: no ``key``, or an unknown ``status``.
             StoreFull: it could not be written whole.
         """
-        return self._append(LOG, self._rows, row)
+        return self._append(LOG, self._rows, row, sync)
 
-    def append_final(self, record: Mapping[str, Any]) -> Row:
+    def append_final(self, record: Mapping[str, Any], *, sync: bool = True) -> Row:
         """Writes the record of one final, by the rules of :meth:`append`."""
-        return self._append(FINALS, self._finals, record)
+        return self._append(FINALS, self._finals, record, sync)
+
+    def sync(self) -> None:
+        """Waits until all that was appended is on the disk.
+
+        Raises:
+            StoreFull: it does not get there; the log is as it was when it last did.
+        """
+        for name in list(self._unsynced):
+            self._sync(name)
 
     def add_sitting(self, sitting: Mapping[str, Any]) -> None:
         """Adds an entry to summary.json.
@@ -121,7 +134,7 @@ class Store:
         self._sittings = sittings
 
     def start(self, key: str, trial_id: str) -> None:
-        """Records that the trial is about to run."""
+        """Records that the trial is about to run; the GPU waits for this, so it only has to outlive the process."""
         self._write(STARTED, {"key": key, "trial": trial_id})
         self._starts[key] += 1
 
@@ -155,13 +168,15 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, name: str, records: dict[str, Row], row: Mapping[str, Any]) -> Row:
+    def _append(self, name: str, records: dict[str, Row], row: Mapping[str, Any], sync: bool) -> Row:
         if row.get("status") not in STATUSES:
             raise ValueError(f"row: status must be one of {', '.join(STATUSES)}, got {row.get('status')!r}")
         if not row.get("key"):
             raise ValueError("row: key is missing")
         clean: Row = _finite(dict(row))
         self._write(name, clean)
+        if sync:
+            self._sync(name)
         records.pop(clean["key"], None)
         records[clean["key"]] = clean
         return clean
@@ -174,12 +189,22 @@ class Store:
             written = os.write(fd, data)  # one write: another reader sees the whole line or none of it
             if written != len(data):
                 raise OSError(f"{written} of {len(data)} bytes written")
-            os.fsync(fd)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(fd, before)
-            raise StoreFull(f"{self.run_dir / name}: cannot write ({error}); everything before is safe, "
-                            "and the run can be resumed") from error
+            raise self._cut(name, before, error) from error
+        self._unsynced.setdefault(name, before)
+
+    def _sync(self, name: str) -> None:
+        before = self._unsynced.pop(name)
+        try:
+            os.fsync(self._files[name])
+        except OSError as error:
+            raise self._cut(name, before, error) from error
+
+    def _cut(self, name: str, size: int, error: OSError) -> StoreFull:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._files[name], size)
+        return StoreFull(f"{self.run_dir / name}: cannot write ({error}); everything before is safe, "
+                         "and the run can be resumed")
 
 
 def read_rows(run_dir: Path) -> list[Row]:

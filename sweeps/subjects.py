@@ -1,6 +1,6 @@
 """Calls whose device time is compared with the hardware's own: kernels of ours and of torch, from 15 us to 20 ms.
 
-``python -m sweeps.subjects NAME COUNT`` performs one of them COUNT times for a profiler that watches from outside,
+``python -m sweeps.subjects COUNT NAME ...`` performs each of them COUNT times for a profiler that watches from outside,
 which is told by cudaProfilerStart and cudaProfilerStop when to look.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sweeps.cases import Case
@@ -104,23 +104,33 @@ def heat(timer: DeviceTimer, call: Call, milliseconds: float = HEAT_MS) -> None:
         timer.synchronize()
 
 
-def perform(name: str, count: int) -> None:
-    """The call, ``count`` times with a flushed L2 cache, each between cudaProfilerStart and cudaProfilerStop."""
+def perform(names: Sequence[str], count: int) -> None:
+    """Each call ``count`` times with a flushed L2 cache, each between cudaProfilerStart and cudaProfilerStop.
+
+    The profiler sees a spinning kernel before the first time, so that it can be told whose kernels follow.
+    """
     import torch
 
     device = torch.device("cuda", 0)
     timer = DeviceTimer(device)
-    call = SUBJECTS[name](device)
-    call()
-    for _ in range(count):
-        heat(timer, call, HEAT_MS / 4)
-        timer.flush()
-        timer.synchronize()
-        torch.cuda.profiler.start()
+    for name in names:
+        call = SUBJECTS[name](device)
         call()
+        torch.cuda.profiler.start()
+        torch.cuda._sleep(1000)
         timer.synchronize()
         torch.cuda.profiler.stop()
+        for _ in range(count):
+            heat(timer, call, HEAT_MS / 4)
+            timer.flush()
+            timer.synchronize()
+            torch.cuda.profiler.start()
+            call()
+            timer.synchronize()
+            torch.cuda.profiler.stop()
+        del call
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    perform(sys.argv[1], int(sys.argv[2]))
+    perform(sys.argv[2:], int(sys.argv[1]))

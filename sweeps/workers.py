@@ -74,6 +74,10 @@ class Workers:
         """What is being worked on."""
         return [lane.job for lane in self.lanes if lane.job is not None]
 
+    def start_ours(self) -> None:
+        """Starts the worker of ours where it does not run, ahead of its first trial."""
+        _ = self.lanes[0].supervisor.idle
+
     def lanes_for(self, source: str, peer: bool) -> list[Lane]:
         """Who may take a job of this implementation, a single one once a peer has begun."""
         if not peer or len(self.lanes) == 1:

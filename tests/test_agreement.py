@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from sweeps import agreement, cli, subjects
 from sweeps.agreement import (
     Agreement,
+    add_ncu,
     calls_of,
     compare,
     markdown,
@@ -91,8 +93,8 @@ def no_heat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "heat", lambda timer, call: call())
 
 
-def compared(device: Device, ncu: Any = None) -> Agreement:
-    return compare("a call", device.call, device, device.profile, ncu)  # type: ignore[arg-type]
+def compared(device: Device) -> Agreement:
+    return compare("a call", device.call, device, device.profile)  # type: ignore[arg-type]
 
 
 def test_the_same_launches_are_seen_by_all_clocks() -> None:
@@ -117,10 +119,17 @@ def test_within_two_percent_or_a_microsecond(kernel: float, offset: float, agree
 
 
 def test_nsight_compute_has_a_vote_where_it_was_asked() -> None:
-    assert compared(Device([1.0]), lambda name: (1.01, "")).agrees()
-    assert not compared(Device([1.0]), lambda name: (1.05, "")).agrees()
-    silent = compared(Device([1.0]), lambda name: (None, "ncu: no permission"))
-    assert silent.agrees() and silent.note == "ncu: no permission"
+    asked: list[Sequence[str]] = []
+
+    def says(ms: dict[str, float], note: str = "") -> Callable[[Sequence[str]], tuple[dict[str, float], str]]:
+        return lambda names: (asked.append(names), (ms, note))[1]
+
+    both = [compared(Device([1.0])), dataclasses.replace(compared(Device([1.0])), name="other")]
+    near, other = add_ncu(both, ["a call"], says({"a call": 1.01}))
+    assert near.agrees() and near.ncu_ms == 1.01 and other.ncu_ms is None and asked == [["a call"]]
+    assert not add_ncu(both, ["a call"], says({"a call": 1.05}))[0].agrees()
+    silent, other = add_ncu(both, ["a call"], says({}, "ncu: no permission"))
+    assert silent.agrees() and silent.note == "ncu: no permission" and other.note == ""
 
 
 def test_a_profile_without_kernels_is_an_error() -> None:
@@ -137,6 +146,7 @@ NCU = '''==PROF== Connected to process 1
 ==PROF== Profiling "_bwd_dq" - 0: 0%....50%....100% - 1 pass
 "ID","Process ID","Kernel Name","gpu__time_duration.sum"
 "","","","{unit}"
+"0","1","void at::cuda::spin_kernel(long)","77"
 "0","1","_bwd_dq","{a}"
 "1","1","_bwd_dkdv","1,000"
 "2","1","_bwd_dq","{a}"
@@ -147,8 +157,12 @@ NCU = '''==PROF== Connected to process 1
 
 @pytest.mark.parametrize(("unit", "scale"), [("ns", 1e-6), ("nsecond", 1e-6), ("usecond", 1e-3), ("us", 1e-3)])
 def test_nsight_computes_table_is_read(unit: str, scale: float) -> None:
-    found = ncu_calls_ms(NCU.format(unit=unit, a="2,000"), 2)
+    table = NCU.format(unit=unit, a="2,000")
+    (found,) = ncu_calls_ms(table, 2)
     assert found == pytest.approx([3000 * scale, 3200 * scale])
+    more = '"4","1","void at::cuda::spin_kernel(long)","77"\n"5","1","_fwd","10"\n"6","1","_fwd","11"\n'
+    both = ncu_calls_ms(table.replace("==PROF== Dis", more + "==PROF== Dis"), 2)  # subjects of two kernels and of one
+    assert both == [found, pytest.approx([10 * scale, 11 * scale])]
 
 
 def test_what_nsight_compute_says_instead_of_a_table_is_in_the_error() -> None:
@@ -158,15 +172,33 @@ def test_what_nsight_compute_says_instead_of_a_table_is_in_the_error() -> None:
         ncu_calls_ms(NCU.format(unit="cycle", a="1"), 2)
     with pytest.raises(ValueError, match="4 kernels in 3 calls"):
         ncu_calls_ms(NCU.format(unit="ns", a="1"), 3)
-    command = ncu_command("matmul 1024", 5)
+    command = ncu_command(["matmul 1024", "add 16 MiB"], 5)
     assert command[command.index("--clock-control") + 1] == "none" == command[command.index("--cache-control") + 1]
-    assert command[-2:] == ["matmul 1024", "5"]
+    assert command[-3:] == ["5", "matmul 1024", "add 16 MiB"]
 
 
 def test_nsight_compute_that_cannot_be_started_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    found, note = agreement.ncu_ms("matmul 1024")
-    assert found is None and note.startswith("ncu: ") and "ncu" in note
+    found, note = agreement.ncu_ms(["matmul 1024"])
+    assert found == {} and note.startswith("ncu: ") and "ncu" in note
+
+
+def test_a_call_that_cannot_be_compared_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, said, kept = Device([0.1]), [], []
+
+    def broken(_: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(agreement, "SUBJECTS", {"a": lambda _: device.call, "b": broken, "c": lambda _: device.call})
+    monkeypatch.setattr(agreement, "cupti_profile", device.profile)
+    monkeypatch.setattr(compare, "__defaults__", (device.profile,))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found, zero = agreement.run_agreement(
+        device, None, names="abc", keep=lambda found, zero: kept.append(len(found)),  # type: ignore[arg-type]
+        say=said.append)
+    assert [one.name for one in found] == ["a", "c"] and kept == [1, 2] and zero == pytest.approx(0.0005)
+    assert said[1] == "b: RuntimeError: CUDA out of memory"
 
 
 def test_the_files_say_who_agrees(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def cubins():
 def compiling(code: str, cache: Path) -> list[Any]:
     """What ``code`` printed, as JSON lines, in a process that may compile and has nothing in its cache."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "FLASH_SINK_ATTN_COMPILE_ONLY": "1", "TRITON_CACHE_DIR": str(cache)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # something may be found by it
+    env |= {"PYTHONPATH": paths, "FLASH_SINK_ATTN_COMPILE_ONLY": "1", "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run([sys.executable, "-c", SETUP + code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -79,7 +80,7 @@ for kernel, tile, shape in {FAMILIES!r}:
     shape = shape | {{"dtype": getattr(torch, shape.get("dtype", "bfloat16"))}}
     b = build(kernel, tile, **shape)
     print(json.dumps(dict(registers=b.registers, spills=b.spills, shared=b.shared_bytes, hgmma=b.hgmma,
-                          tma="UTMALDG" in b.sass, binary=b.binary)))
+                          tma=b.tma > 0, binary=b.binary)))
 """
     built = compiling(code, tmp_path)
     assert len({b["binary"] for b in built}) == len(FAMILIES)
@@ -150,6 +151,42 @@ for kernel in ("fwd", "bwd_dq", "bwd_dkdv"):
         *_, new, same, later = run
         assert new == 1 and all(same) and later == [], run
     assert fused == [1, 1, 1, 2]
+
+
+# Counts what takes long: looks at the machine code, and stubs for launches.
+COUNTED = """
+from triton.backends.nvidia import driver
+from flash_sink_attn import compile_only, machine_code
+
+looks, stubs, works = [], [], {works}
+look = machine_code.disassemble.__wrapped__
+
+def disassemble(cubin):
+    looks.append(cubin)
+    return look(cubin)
+compile_only.disassemble = disassemble
+
+class Launcher:
+    def __init__(self, src, metadata):
+        stubs.append(metadata.name)
+        assert works, "libcuda.so cannot found!"
+driver.CudaLauncher = Launcher
+
+tile = {tile!r}
+built = [build("fwd", tile, window=w) for w in (128, 128, None)]
+print(json.dumps([[vars(b) | {{"cached": None}} for b in built], len(looks), stubs]))
+"""
+
+
+def test_a_kernel_is_looked_at_once_and_its_launcher_built_where_it_can_be(tmp_path: Path) -> None:
+    """A sweep meets the same kernel in many cases, and a warm one in all."""
+    code = COUNTED.format(works=True, tile=tile(32, 32, 4, 1))
+    ((cold, looks, stubs),) = compiling(code, tmp_path)
+    assert looks == 2 and len(stubs) == 3
+    assert cold[0] == cold[1] != cold[2] and cold[0]["registers"] > 16 and cold[0]["hgmma"] == 0
+    ((warm, looks, stubs),) = compiling(code.replace("works = [], [], True", "works = [], [], False"), tmp_path)
+    assert warm == cold and looks == 0
+    assert len(stubs) == 1  # there is no driver to link with: not asked again
 
 
 def test_it_refuses_without_the_environment_variable() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from flash_sink_attn import machine_code
-from flash_sink_attn._mode import triton
 from flash_sink_attn.config import TileConfig
 from flash_sink_attn.kernels import launch
 
@@ -30,7 +29,7 @@ def test_a_verdict_is_kept_beside_the_kernel(monkeypatch: pytest.MonkeyPatch, tm
         return (DATA / f"ptxas-12.8-{cubin.decode()}.sass").read_text()
 
     monkeypatch.setattr(machine_code, "disassemble", disassemble)
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for _ in range(2):
         assert "overwrites" in str(machine_code.fault_of(compiled(b"fault")))
         assert machine_code.fault_of(compiled(b"sound")) is None
@@ -43,7 +42,7 @@ def test_what_cannot_be_looked_at_counts_as_faulty(monkeypatch: pytest.MonkeyPat
         raise FileNotFoundError("cuobjdump: expected in Triton's package")
 
     monkeypatch.setattr(machine_code, "disassemble", disassemble)
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert "cuobjdump" in str(machine_code.fault_of(compiled(b"any")))
     assert not list(tmp_path.iterdir())  # not kept: the tool may come
 

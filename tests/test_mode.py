@@ -29,7 +29,8 @@ print(_mode.INTERPRETING, _mode.COMPILE_ONLY, torch.cuda.is_initialized())
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs ``code`` in a process without a GPU, whose environment says nothing about the mode but ``environment``."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FLASH_SINK_ATTN_COMPILE_ONLY")}
-    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # something may be found by it
+    env |= {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
 
 

@@ -80,6 +80,27 @@ def test_what_was_never_installed_takes_no_time() -> None:
     assert found is not None and found.parts["prepare"] == pytest.approx(3.0 + 11 * 0.01)
 
 
+def test_what_a_cold_run_found_built_belongs_to_its_trials() -> None:
+    """The same kernel serves many cases: in another run of the plan it will again be built once."""
+    rows = earlier(compile_s=4.0)
+    ours = [row for row in rows if row["impl"] == "triton"]
+    for row in ours[::3]:
+        row |= {"cache_hit": True, "compile_s": 0.1}
+    mean = sum(row["compile_s"] for row in ours) / len(ours)
+    found = predict(PLAN, Costs([rows]), Machine(10, 0), finals=False)
+    assert found is not None and found.parts["compile"] == pytest.approx(mean)
+    warm = [row | ({"cache_hit": True, "compile_s": 0.1} if n > 2 else {}) for n, row in enumerate(earlier(4.0))]
+    assert Costs([warm]).build_s("fwd") == 4.0  # what was missing in a warm run is what a build takes
+
+
+def test_a_final_takes_what_finals_took_over_all_cases_that_could_have_had_one() -> None:
+    rows = [row | {"case": row["case_fields"]["seqlen_q"]} for row in earlier()]
+    finals = [{"seconds": {"gate": 0.5, "measure": 1.5}}]  # of one of the two cases; the other was decided before
+    assert Costs([rows], [finals]).final_s == pytest.approx(1.0)
+    assert Costs([rows, rows], [[], finals]).final_s == pytest.approx(1.0)
+    assert Costs([rows]).final_s == FINAL_S
+
+
 def test_without_an_earlier_run_nothing_is_predicted() -> None:
     assert predict(PLAN, Costs([]), Machine(10, 0), finals=False) is None
     assert machine_of(16) == Machine(14, 2) and machine_of(2) == Machine(1, 1)

@@ -258,6 +258,26 @@ def test_a_parent_killed_by_force_loses_nothing_and_does_nothing_twice(tmp_path:
     assert len((run_dir / "trials.jsonl").read_text().splitlines()) == 4
 
 
+def test_the_next_trial_begins_before_the_row_of_the_last_is_waited_for(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row is written first, so that a parent that is killed loses one trial at most."""
+    spec, said = make_spec(), []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (said.append("sync"), sync(fd))[1])
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["event"] == "trial" and event["stage"] == "import":
+            rows = (tmp_path / "trials.jsonl").read_text().splitlines()
+            said.append(f"begin after {len(rows)} rows")
+        elif event["event"] == "row":
+            said.append(f"row {event['row']['config']['n']}")
+
+    runner.run(spec, tmp_path, phases=[lambda rows: trials(spec, {"n": 0}, {"n": 1})], on_event=tell)
+    begun = said.index("begin after 1 rows")
+    assert said.index("begin after 0 rows") < begun < said.index("row 0") < said.index("row 1")
+    assert "sync" in said[begun:said.index("row 0")]
+
+
 def test_a_trial_that_ended_two_runs_is_not_tried_a_third_time(tmp_path: Path) -> None:
     spec = make_spec()
     _, rows = go(spec, tmp_path / "run", trials(spec, {"n": 0}))

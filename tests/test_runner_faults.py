@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,10 @@ def test_a_compiler_that_dies_costs_its_own_build(way: str) -> None:
     pool.submit([CompileTask(str(n), "tests.fakes:make", {}, CASE, config, 90) for n, config in enumerate(configs)])
     results = {}
     try:
+        deadline = time.monotonic() + 3 * PATIENCE_S
         while len(results) < 3:
+            assert time.monotonic() < deadline, f"a build never ended; of three these did: {results}"
+            select.select(pool.readable(), [], [], 0.1)
             results |= {result.id: result for result in pool.poll()}
     finally:
         pool.close()

@@ -54,6 +54,21 @@ def test_every_row_is_one_write_and_then_on_the_disk(tmp_path: Path, monkeypatch
     assert calls == ["write", "fsync"]
 
 
+def test_rows_that_never_reach_the_disk_are_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Store(tmp_path) as store:
+        store.append(row("a"))
+        store.append(row("b"), sync=False)
+        store.append(row("c"), sync=False)
+        assert [r["key"] for r in read_rows(tmp_path)] == ["a", "b", "c"]  # whoever kills this process leaves them
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(StoreFull, match="cannot write"):
+            store.sync()
+    assert [r["key"] for r in read_rows(tmp_path)] == ["a"]
+
+
 def test_numbers_that_are_not_finite_are_absent(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         written = store.append(row("a", rel_err_o=float("nan"), samples_ms=[1.0, float("inf")]))
