@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import threading
@@ -61,13 +62,15 @@ def launch(
         return _launch_new(kernel, programs, runtime, constants, _options(num_warps, num_stages, maxnreg), check, None,
                            warm_up_only=device.type == "meta")
     kinds: list[Any] = []
-    plain = programs > 0
-    for x in runtime:
+    plain, specialised = programs > 0, _specialised(kernel)
+    for position, x in enumerate(runtime):
         if isinstance(x, torch.Tensor):
             kinds.append(x.dtype)
             plain = plain and not x.data_ptr() % 16
         elif isinstance(x, int):
             plain = plain and x < 2**31
+            if position in specialised:
+                kinds += (x == 1, x % 16 == 0)
         elif x is None:
             kinds.append(None)
         elif is_descriptor(x):
@@ -85,6 +88,12 @@ def launch(
             return compiled
         return _launch_new(kernel, programs, runtime, constants, _options(num_warps, num_stages, maxnreg), check,
                            key if plain else None)
+
+
+@functools.cache
+def _specialised(kernel: Any) -> frozenset[int]:
+    """Positions of the arguments of which Triton compiles a kernel of their own where they are 1 or multiples of 16."""
+    return frozenset(i for i, p in enumerate(getattr(kernel, "params", ())) if not p.do_not_specialize)
 
 
 def _options(num_warps: int, num_stages: int | None, maxnreg: int | None) -> dict[str, int]:

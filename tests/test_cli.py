@@ -275,6 +275,9 @@ def test_doctor_prints_it_and_fails_only_where_our_kernels_cannot_run(monkeypatc
     result = cli("doctor")
     assert result.exit_code == 1
     assert all(text in result.output for text in ("no triton here", "fa3 3.0", "run this"))
+    on_another_card = Diagnosis({}, {"triton": (None, {}), "hopper": ("they need another card", {})}, [])
+    monkeypatch.setattr(sweeps.cli, "diagnose", lambda: on_another_card)
+    assert cli("doctor").exit_code == 0
 
 
 def test_report_and_export_say_what_is_not_a_run(tmp_path: Path) -> None:

@@ -381,3 +381,14 @@ def test_the_short_way_is_taken_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None
     assert call._forward is not None
     taken = [one.direct is not None for one in call._forward.steps]
     assert all(taken) if triton.__version__.startswith("3.6.") else True
+
+
+def test_integers_that_a_kernel_is_specialised_on_are_told_apart() -> None:
+    """Triton compiles a kernel of its own for 1 and for multiples of 16, unless it is told not to."""
+    params = [types.SimpleNamespace(do_not_specialize=told) for told in (False, True, False)]
+
+    class Of:
+        def __init__(self) -> None:
+            self.params = params
+
+    assert launcher._specialised(Of()) == {0, 2}
