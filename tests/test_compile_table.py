@@ -133,7 +133,7 @@ def test_a_miscompiled_kernel_is_a_compile_error_before_any_gpu_time(monkeypatch
     from sweeps.ours import MiscompiledError, Triton
 
     sound = compile_only.Built(registers=90, spills=0, shared_bytes=100, hgmma=4, tma=2, local=0, mufu=3,
-                               instructions=50, binary="b", cached=True, fault=None, sass="")
+                               instructions=50, binary="b", cached=True, fault=None)
     built = [sound, dataclasses.replace(sound, registers=120, cached=False, binary="c")]
     monkeypatch.setattr(compile_only, "compile_kernel", lambda *a, **k: built.pop(0))
     found = Triton().compile(GPT_OSS.with_pass("bwd"), {}, 90)
