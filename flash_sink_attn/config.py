@@ -122,29 +122,51 @@ class HopperFwdConfig(_Config):
     """Everything a launch of the Hopper forward can choose.
 
     Attributes:
-        BLOCK_M: query rows of a tile (query row x group head pairs when ``PACK_GQA``), 64 per consumer warpgroup.
-        BLOCK_N: keys of a tile.
-        num_stages: tiles of K, and of V, that the producer may be ahead.
-        PACK_GQA: one tile holds all query heads of a key head, so K and V are read once per group.
-        SPLIT_LOOPS: walk the window edge, the interior and the diagonal in loops of their own.
+        BLOCK_M: query rows of a tile, 64 per warpgroup that computes.
+        BLOCK_N: keys of a block.
+        num_stages: blocks of K, and of V, that shared memory holds.
+        Q_STAGES: tiles of q per warpgroup that shared memory holds; with 2 the next one is there when a tile ends.
+        HEADS: 0: the warpgroups of a tile take consecutive tokens of one head. Else they take different heads of a
+            group at the same 64 tokens, HEADS of them one after the other, and K and V are loaded once for all; where
+            the keys of 64 tokens do not fit the ring (no window, or one too long for num_stages blocks), one head.
+        SPLIT_LOOPS: walk the diagonal, the interior and the window's edge in loops of their own, so that blocks of the
+            interior carry no mask; otherwise one loop with the full mask.
+        SHARE_Q: the output leaves through q's shared memory instead of its own.
         PROGRAMS_PER_SM: 0 for one program per tile, else a persistent grid of that many programs per multiprocessor.
-        OVERLAP: issue the next tile's scores before this tile's product with V, so that the softmax overlaps both.
-        maxnreg: cap on registers per thread, None for the kernel's own choice.
+        maxnreg: registers per thread of the program as a whole, which the warpgroups divide anew; None for what fills
+            a multiprocessor with one program (two with BLOCK_M 64).
     """
 
     BLOCK_M: int
     BLOCK_N: int
     num_stages: int = 2
-    PACK_GQA: bool = False
+    Q_STAGES: int = 1
+    HEADS: int = 0
     SPLIT_LOOPS: bool = True
+    SHARE_Q: bool = False
     PROGRAMS_PER_SM: int = 0
-    OVERLAP: bool = True
     maxnreg: int | None = None
 
     @property
+    def warpgroups(self) -> int:
+        """Warpgroups that compute; one more holds the warp that loads."""
+        return self.BLOCK_M // 64
+
+    @property
+    def registers_per_thread(self) -> int:
+        """What the program is compiled for, and its warpgroups divide: all that fit, where ``maxnreg`` does not say."""
+        return self.maxnreg or {1: 128, 2: 168, 3: 128, 4: 96}[self.warpgroups]
+
+    @property
+    def warpgroup_registers(self) -> int:
+        """Of each warpgroup that computes, once the loader's has given up all but HOPPER_LOADER_REGISTERS."""
+        shared = self.registers_per_thread * (self.warpgroups + 1) - HOPPER_LOADER_REGISTERS
+        return shared // self.warpgroups // 8 * 8
+
+    @property
     def num_warps(self) -> int:
-        """Four per consumer warpgroup, and the producer's, which counts as four."""
-        return 4 * (self.BLOCK_M // 64) + 4
+        """Four per warpgroup, the loader's included."""
+        return 4 * (self.warpgroups + 1)
 
 
 @_with_fields
@@ -347,8 +369,10 @@ def _portable_reject_reason(c: TileConfig, kernel: Kernel, shape: _Shape) -> str
     return None
 
 
-HOPPER_BLOCK_M = (64, 128, 192)
-HOPPER_BLOCK_N = (32, 64, 128, 256)
+HOPPER_BLOCK_M = (64, 128, 192, 256)
+HOPPER_BLOCK_N = (32, 64, 128)
+HOPPER_LOADER_REGISTERS = 24  # the fewest a warp can have
+HOPPER_OTHER_SHARED = 1536  # barriers, and what Triton hands the warpgroups
 
 
 def _hopper_reject_reason(c: HopperFwdConfig | HopperBwdConfig, shape: _Shape) -> str | None:
@@ -369,19 +393,30 @@ HOPPER_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 
 def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
     """The part of :func:`reject_reason` for ``hopper_fwd``."""
-    for name, value, allowed in (("BLOCK_M", c.BLOCK_M, HOPPER_BLOCK_M), ("BLOCK_N", c.BLOCK_N, HOPPER_BLOCK_N)):
+    for name, value, allowed in (("BLOCK_M", c.BLOCK_M, HOPPER_BLOCK_M), ("BLOCK_N", c.BLOCK_N, HOPPER_BLOCK_N),
+                                 ("Q_STAGES", c.Q_STAGES, (1, 2, 3, 4))):
         if value not in allowed:
             return f"{name} must be one of {allowed}, got {value}"
     if not 0 <= c.PROGRAMS_PER_SM <= 8:
         return f"PROGRAMS_PER_SM must be from 0 to 8, got {c.PROGRAMS_PER_SM}"
-    if c.PACK_GQA and shape.group == 1:
-        return "PACK_GQA without a head group is the same kernel"
+    if c.HEADS < 0 or c.HEADS and (c.HEADS - 1) * c.warpgroups >= shape.group:
+        return (f"HEADS must be from 0 to {-(-shape.group // c.warpgroups)}, the share of {c.warpgroups} warpgroups in "
+                f"a group of {shape.group}, got {c.HEADS}")
     if (reason := _hopper_reject_reason(c, shape)) is not None:
         return reason
-    d, dv = sum(split_head_dim(shape.head_dim)), sum(split_head_dim(shape.head_dim_v))
-    shared = 2 * (c.BLOCK_M * d + c.num_stages * c.BLOCK_N * (d + dv))
+    first, second = split_head_dim(shape.head_dim)
+    dv = sum(split_head_dim(shape.head_dim_v)) if shape.head_dim_v & (shape.head_dim_v - 1) == 0 else (
+        1 << (shape.head_dim_v - 1).bit_length())
+    if c.SHARE_Q and first != dv:
+        return f"SHARE_Q needs a q tile as wide as the output's, got {first} and {dv}"
+    # fp32 accumulators of S and O, and two tiles of P in half precision, one being read, one being made
+    needed, available = (dv + c.BLOCK_N) // 2 + c.BLOCK_N // 4, c.warpgroup_registers
+    if needed + 16 > available:
+        return f"accumulators need {needed} registers per thread, {available} are available"
+    shared = 2 * (c.BLOCK_M * (c.Q_STAGES * (first + second) + (0 if c.SHARE_Q else dv))
+                  + c.num_stages * c.BLOCK_N * (first + second + dv)) + HOPPER_OTHER_SHARED
     if shared > shape.limits.shared_bytes:
-        return f"tiles need at least {shared} bytes of shared memory, the GPU has {shape.limits.shared_bytes}"
+        return f"tiles need {shared} bytes of shared memory, the GPU has {shape.limits.shared_bytes}"
     return None
 
 

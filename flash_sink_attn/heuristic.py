@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from flash_sink_attn.config import (
+    HOPPER_HEAD_DIMS,
     AnyConfig,
     HopperBwdConfig,
     HopperFwdConfig,
@@ -20,12 +21,17 @@ from flash_sink_attn.tuned_table import ShapeKey
 
 # Where the Hopper kernels are used without a measurement of the shape or one near it: (pass, head dim of q and k, of
 # v, whether there is a window).
-PREFER_HOPPER: frozenset[tuple[Pass, int, int, bool]] = frozenset()
+PREFER_HOPPER: frozenset[tuple[Pass, int, int, bool]] = frozenset(
+    ("fwd", d, dv, windowed) for d, dv in HOPPER_HEAD_DIMS for windowed in (False, True))
 
 # Tried in order until the validity rule accepts one.
-_HOPPER_FWD = (HopperFwdConfig(128, 128), HopperFwdConfig(128, 64), HopperFwdConfig(64, 64), HopperFwdConfig(64, 32))
-_HOPPER_FWD_SMALL_DIM = (HopperFwdConfig(192, 128),)
-_HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3), HopperFwdConfig(64, 64))
+_HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1), HopperFwdConfig(128, 64, SHARE_Q=True),
+               HopperFwdConfig(128, 64), HopperFwdConfig(64, 64))
+_HOPPER_FWD_SMALL_DIM = (HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1),)
+_HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2),
+                      HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2))
+_HOPPER_FWD_WINDOW_SMALL_DIM = (HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=4, PROGRAMS_PER_SM=3, maxnreg=80),
+                                HopperFwdConfig(64, 64, 3, Q_STAGES=2, PROGRAMS_PER_SM=3, maxnreg=80))
 _HOPPER_BWD = (HopperBwdConfig(64, 128), HopperBwdConfig(64, 64), HopperBwdConfig(64, 128, DETERMINISTIC=True),
                HopperBwdConfig(64, 64, DETERMINISTIC=True), HopperBwdConfig(64, 128, FORM=1),
                HopperBwdConfig(64, 64, FORM=1))
@@ -125,8 +131,10 @@ def _hopper(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool) 
     small = max(key.head_dim, key.head_dim_v) <= 64
     candidates: tuple[AnyConfig, ...]
     if kernel == "hopper_fwd":
-        candidates = (*(_HOPPER_FWD_WINDOW if key.window is not None else _HOPPER_FWD_SMALL_DIM if small else ()),
-                      *_HOPPER_FWD)
+        short = key.window is not None and key.window < 1024
+        special = ((_HOPPER_FWD_WINDOW_SMALL_DIM if small else _HOPPER_FWD_WINDOW) if short
+                   else _HOPPER_FWD_SMALL_DIM if small else ())
+        candidates = (*special, *_HOPPER_FWD)
     else:
         candidates = (*(_HOPPER_BWD_WINDOW if key.window is not None else _HOPPER_BWD_SMALL_DIM if small else ()),
                       *_HOPPER_BWD)

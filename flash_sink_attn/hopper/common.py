@@ -1,0 +1,222 @@
+"""What the Hopper kernels share: barriers, masks, the running maximum, the map from tiles to sequences."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
+LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
+# The running maximum before any key: finite, so that minus infinity less it is minus infinity and not NaN.
+FAR_BELOW: gl.constexpr = gl.constexpr(-1e30)
+
+
+@gluon.jit
+def advance(slot, phase, STAGES: gl.constexpr):
+    """The slot after ``slot`` in a ring, and its phase: that flips when the ring wraps."""
+    if STAGES == 1:
+        return slot, phase ^ 1
+    else:
+        following = slot + 1
+        wrapped = following == STAGES
+        return gl.where(wrapped, 0, following), phase ^ wrapped.to(gl.int32)
+
+
+@gluon.jit
+def hold_half(x):
+    """``x`` (16 bits wide) through an empty volatile instruction: what computes it stays before, its registers live
+    up to here. An asynchronous matrix product reads its operand's registers until it is waited for."""
+    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@gluon.jit
+def hide(s, position, key, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    """Minus infinity for the keys from ``key`` on that the rows at ``position`` do not see.
+
+    One instruction sequence per element: with gl.where ptxas computes all predicates first and packs them into bit
+    masks, 200 instructions more for a block.
+    """
+    if CAUSAL or WINDOW:
+        COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+        column = gl.expand_dims(key + gl.arange(0, s.shape[1], layout=COLUMNS), 0)
+        row = gl.expand_dims(position, 1)
+        if CAUSAL and WINDOW:
+            return gl.inline_asm_elementwise(
+                "{ .reg .pred p, q; setp.gt.s32 q, $2, $4; setp.le.and.s32 p, $2, $3, q; "
+                "selp.f32 $0, $1, 0fFF800000, p; }",
+                "=f,f,r,r,r", [s, column, row, row - window], dtype=gl.float32, is_pure=True, pack=1)
+        elif CAUSAL:
+            return gl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
+                "=f,f,r,r", [s, column, row], dtype=gl.float32, is_pure=True, pack=1)
+        else:
+            return gl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.gt.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
+                "=f,f,r,r", [s, column, row - window], dtype=gl.float32, is_pure=True, pack=1)
+    else:
+        return s
+
+
+# How far scores may rise above the running maximum before it follows them: 8 powers of two (as PTX writes 8.0). P stays
+# below 2**8, which float16 holds as well as it holds 1, and what was summed so far needs no factor.
+_SLACK = "0f41000000"
+
+
+def _follow() -> str:
+    """Two rows of a thread: $4, $5 the largest scores it holds, $6, $7 the running maxima; $0, $1 the new ones, and
+    $2, $3 whether any of the warp's changed.
+
+    As long as no thread of the warp has a score more than the slack above, nothing changes and nothing is exchanged.
+    Else the quad of lanes that holds a row agrees on its maximum.
+    """
+    agree = "".join(f"shfl.sync.bfly.b32 s, t{row}, {lane}, 0x1f, -1; max.f32 t{row}, t{row}, s; "
+                    for lane in (1, 2) for row in (0, 1))
+    return ("{ .reg .pred p, q; .reg .f32 t0, t1, s, d0, d1; "
+            "sub.f32 d0, $4, $6; sub.f32 d1, $5, $7; max.f32 d0, d0, d1; "
+            f"setp.gt.f32 p, d0, {_SLACK}; vote.sync.any.pred q, p, -1; "
+            "mov.f32 $0, $6; mov.f32 $1, $7; mov.f32 t0, $4; mov.f32 t1, $5; selp.b32 $2, 1, 0, q; mov.b32 $3, $2; "
+            f"@!q bra.uni SAME; {agree}"
+            f"sub.f32 d0, t0, $0; setp.gt.f32 p, d0, {_SLACK}; @p mov.f32 $0, t0; "
+            f"sub.f32 d1, t1, $1; setp.gt.f32 p, d1, {_SLACK}; @p mov.f32 $1, t1; SAME: }}")
+
+
+def _rescale(count: int) -> str:
+    """``count`` values of two rows ($0 ..), times their row's factor, where the last operand says so."""
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + (i & 2)};" for i in range(count))
+    return f"{{ .reg .pred q; setp.ne.b32 q, ${3 * count}, 0; @!q bra.uni SAME; {products} SAME: }}"
+
+
+FOLLOW: gl.constexpr = gl.constexpr(_follow())
+RESCALE: gl.constexpr = gl.constexpr(_rescale(32))
+RESCALE_TIES: gl.constexpr = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32 + ["r"] * 32))
+
+
+@gluon.jit
+def quads(x):
+    """(rows, columns) as (rows, columns / 8, 4, 2): the third dimension is a quad's lane, the others are registers.
+
+    The matrix instruction leaves each row of its result to four lanes, two columns in eight to each.
+    """
+    return gl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def per_row(x, like):
+    """(rows, 4), one value per row and lane, in the layout that goes with ``like`` of :func:`quads`, broadcastable."""
+    x = gl.convert_layout(x, gl.SliceLayout(1, gl.SliceLayout(3, like.type.layout)), assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(x, 1), 3)
+
+
+@gluon.jit
+def largest(x):
+    """The largest of the columns that a lane holds: (rows, 4) of :func:`quads`' result."""
+    return gl.max(gl.max(x, axis=3), axis=1)
+
+
+@gluon.jit
+def total(x):
+    """As :func:`largest`, the sum."""
+    return gl.sum(gl.sum(x, axis=3), axis=1)
+
+
+@gluon.jit
+def follow(m, scores):
+    """(The running maxima after ``scores``, both (rows, 4): those that are exceeded by more than the slack, replaced;
+    whether any of the warp's rows was, int32)."""
+    return gl.inline_asm_elementwise(FOLLOW, "=&f,=&f,=&r,=&r,f,f,f,f", [scores, m], dtype=(gl.float32, gl.int32),
+                                     is_pure=False, pack=2)
+
+
+@gluon.jit
+def rescale(acc, alpha, changed):
+    """``acc`` times ``alpha``, (rows, 4), where ``changed``, which is one value for a warp."""
+    parts = quads(acc)
+    parts = gl.inline_asm_elementwise(RESCALE, RESCALE_TIES, [parts, per_row(alpha, parts), per_row(changed, parts)],
+                                      dtype=gl.float32, is_pure=False, pack=32)
+    return gl.convert_layout(gl.reshape(parts, acc.shape), acc.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def sequence_bounds(cu_seqlens, index, total):
+    """First token and length of sequence ``index``; clamped, so that no content of cu_seqlens reaches out of bounds."""
+    start = gl.minimum(gl.maximum(gl.load(cu_seqlens + index), 0), total)
+    end = gl.minimum(gl.maximum(gl.load(cu_seqlens + index + 1), start), total)
+    return start, end - start
+
+
+@gluon.jit
+def _plus(a, b):
+    return a + b
+
+
+@gluon.jit
+def find_tile(cu_seqlens, batch, total, tile, BLOCK: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Map a tile number to (sequence, tile within it); sequence == batch when there is no such tile.
+
+    By prefix sums over the sequences' tile counts, 128 sequences at a time.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4 // NUM_WARPS], [32], [NUM_WARPS], [0])
+    sequence = 0
+    tiles_before = 0
+    tiles_seen = 0
+    lane = gl.arange(0, 128, layout=LAYOUT)
+    for first in range(0, batch, 128):
+        index = first + lane
+        inside = index < batch
+        start = gl.load(cu_seqlens + index, mask=inside, other=0)
+        end = gl.load(cu_seqlens + index + 1, mask=inside, other=0)
+        start = gl.minimum(gl.maximum(start, 0), total)
+        end = gl.minimum(gl.maximum(end, start), total)
+        tiles = gl.where(inside, (end - start + BLOCK - 1) // BLOCK, 0)
+        passed = inside & (tiles_seen + gl.associative_scan(tiles, 0, _plus) <= tile)
+        sequence += gl.sum(passed.to(gl.int32), axis=0)
+        tiles_before += gl.sum(gl.where(passed, tiles, 0), axis=0)
+        tiles_seen += gl.sum(tiles, axis=0)
+    return sequence, tile - tiles_before
+
+
+# Barriers of our own. mbarrier.arrive of Triton 3.6 first makes the whole warpgroup meet, so that one thread can speak
+# for it, and then the compiler makes it meet again: four times a step. Here each warp speaks for itself.
+
+
+@gluon.jit
+def barriers_declare(zero):
+    """Shared memory for 128 barriers, named by their number in what follows; once, before any use. zero: any integer.
+
+    It lies before what Triton allocates, whose tiles must begin at multiples of 1 KiB: hence the size. Its address is a
+    constant for the assembler: no register holds it.
+    """
+    gl.inline_asm_elementwise(".shared .align 1024 .b8 own_barriers[1024]; mov.u32 $0, own_barriers;", "=r,r", [zero],
+                              dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def barrier_init(number, count):
+    """To be followed by a fence and a barrier of all threads."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t, a; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.u32 a, own_barriers; "
+        "mad.lo.u32 a, $1, 8, a; @p mbarrier.init.shared::cta.b64 [a], $2; mov.u32 $0, 0; }", "=r,r,r",
+        [number, count], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def barrier_arrive(number, condition):
+    """Of each warp that calls it, once all its threads are here; where ``condition``."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 a; bar.warp.sync -1; elect.sync _|p, -1; setp.ne.and.b32 p, $2, 0, p; "
+        "mov.u32 a, own_barriers; mad.lo.u32 a, $1, 8, a; @p mbarrier.arrive.shared::cta.b64 _, [a]; mov.u32 $0, 0; }",
+        "=r,r,r", [number, gl.to_tensor(condition).to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def barrier_wait(number, phase):
+    """Until the phase of that parity is complete."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 a; mov.u32 a, own_barriers; mad.lo.u32 a, $1, 8, a; "
+        "WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [a], $2; @!p bra.uni WAIT; mov.u32 $0, 0; }",
+        "=r,r,r", [number, phase], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# Triton 3.9 has async_store for what was async_copy_shared_to_global before.
+store_bulk = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global

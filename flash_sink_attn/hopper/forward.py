@@ -1,0 +1,513 @@
+"""Warp-specialised forward for Hopper in Gluon: one warp loads, one to four warpgroups of 64 query rows each compute.
+
+docs/hopper.md draws who waits for whom. In short: the *loader* fills three rings in shared memory (Q per warpgroup,
+K and V shared by all) through the copy engine; each *warpgroup* multiplies, exponentiates and multiplies again, holding
+its output in registers, and hands every slot back when its last matrix product has read it.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flash_sink_attn.hopper.common import (
+    FAR_BELOW,
+    LN2,
+    LOG2E,
+    advance,
+    barrier_arrive,
+    barrier_init,
+    barrier_wait,
+    barriers_declare,
+    find_tile,
+    follow,
+    hide,
+    hold_half,
+    largest,
+    per_row,
+    quads,
+    rescale,
+    sequence_bounds,
+    store_bulk,
+    total,
+)
+
+
+@gluon.jit
+def _tile(tile, work, GROUP: gl.constexpr, CHUNK: gl.constexpr, TOKENS: gl.constexpr,
+          VARLEN: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """What tile number ``tile`` is: (ok, sequence, key head, first member of its group, first token, length of the
+    queries and keys, where in a packed batch they begin).
+
+    Tiles go by sections of so many heads that their K and V stay in L2; within one the longest rows of a causal mask
+    go first, and heads vary fastest, so that programs that run together share K and V.
+    """
+    batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, cu_q, cu_k = work
+    CHUNKS: gl.constexpr = (GROUP + CHUNK - 1) // CHUNK
+    if VARLEN:
+        units = heads_kv * CHUNKS
+        b, t = find_tile(cu_q, batch, seqlen_q, tile // units, TOKENS, NUM_WARPS)
+        unit = tile % units
+        ok = b < batch
+        at = gl.minimum(b, batch - 1)
+        start_q, len_q = sequence_bounds(cu_q, at, seqlen_q)
+        start_k = start_q
+        len_k = len_q
+        if cu_k is not None:
+            start_k, len_k = sequence_bounds(cu_k, at, seqlen_k)
+        t = gl.cdiv(len_q, TOKENS) - 1 - t
+        head_kv = unit // CHUNKS
+        b = 0
+    else:
+        per_section = section * tiles_per_unit
+        s = tile // per_section
+        r = tile - s * per_section
+        here = gl.minimum(section, batch * heads_kv * CHUNKS - s * section)
+        t = tiles_per_unit - 1 - r // here
+        unit = s * section + r % here
+        head_kv = (unit // CHUNKS) % heads_kv
+        b = unit // (CHUNKS * heads_kv)
+        ok = True
+        len_q = seqlen_q
+        len_k = seqlen_k
+        start_q = 0
+        start_k = 0
+    return ok, b, head_kv, (unit % CHUNKS) * CHUNK, t * TOKENS, len_q, len_k, start_q, start_k
+
+
+@gluon.jit
+def _keys(first, len_q, len_k, window, TOKENS: gl.constexpr, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr):
+    """First key of a tile's rows and how many blocks of BLOCK_N they need from there; at least one, if all masked."""
+    offset = len_k - len_q
+    end = gl.minimum(first + TOKENS, len_q) + offset
+    begin = 0
+    if WINDOW:
+        begin = gl.maximum(first + offset - window + 1, 0)
+    return begin, gl.maximum(gl.cdiv(gl.maximum(end - begin, 0), BLOCK_N), 1)
+
+
+@gluon.jit
+def _load(tensors, shape: gl.constexpr):
+    """The loader: one warp. It runs ahead of the warpgroups by what the rings hold, across tiles too."""
+    GROUP: gl.constexpr = shape[0]
+    WARPGROUPS: gl.constexpr = shape[1]
+    HEADS: gl.constexpr = shape[2]
+    TOKENS: gl.constexpr = shape[3]
+    BLOCK_N: gl.constexpr = shape[4]
+    D2: gl.constexpr = shape[6]
+    STAGES: gl.constexpr = shape[9]
+    Q_STAGES: gl.constexpr = shape[10]
+    VARLEN: gl.constexpr = shape[11]
+    WINDOW: gl.constexpr = shape[12]
+    SPREAD: gl.constexpr = shape[13]
+    descs, work, smem, bars = tensors
+    q_desc, q2_desc, k_desc, k2_desc, v_desc = descs
+    q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem = smem
+    q_ready, k_ready, v_ready = bars
+    batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, cu_q, cu_k = work
+    CHUNK: gl.constexpr = WARPGROUPS * HEADS if SPREAD else 1
+    Q_BYTES: gl.constexpr = q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if D2 else 0)
+    K_BYTES: gl.constexpr = k_desc.block_type.nbytes + (k2_desc.block_type.nbytes if D2 else 0)
+    slot = 0
+    # A ring's first round finds its slots empty: waiting for the phase before the first one returns at once.
+    phase = 1
+    q_slot = 0
+    q_phase = 1
+    turn = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = _tile(
+            tile, work, GROUP, CHUNK, TOKENS, VARLEN, 1)
+        if ok:
+            begin, blocks = _keys(first, len_q, len_k, window, TOKENS, BLOCK_N, WINDOW)
+            for i in range(HEADS):
+                for c in gl.static_range(WARPGROUPS):
+                    token = start_q + first
+                    member = member0
+                    if SPREAD:
+                        member += (c + turn) % WARPGROUPS + WARPGROUPS * i
+                    else:
+                        token += c * 64
+                    at = c * Q_STAGES + q_slot
+                    if member < GROUP:
+                        head = head_kv * GROUP + member
+                        barrier_wait(2 * STAGES + at, q_phase)
+                        mbarrier.expect(q_ready.index(at), Q_BYTES)
+                        tma.async_copy_global_to_shared(q_desc, [b, token, head, 0], q_ready.index(at),
+                                                        q_smem.index(at))
+                        if D2:
+                            tma.async_copy_global_to_shared(q2_desc, [b, token, head, q_desc.block_type.shape[3]],
+                                                            q_ready.index(at), q2_smem.index(at))
+                    else:
+                        barrier_wait(2 * STAGES + at, q_phase)
+                        mbarrier.arrive(q_ready.index(at), count=1)
+                q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+                if i == 0:
+                    # right to left: the masked blocks at the diagonal come first
+                    key = start_k + begin + (blocks - 1) * BLOCK_N
+                    for _ in range(blocks):
+                        barrier_wait(slot, phase)
+                        mbarrier.expect(k_ready.index(slot), K_BYTES)
+                        tma.async_copy_global_to_shared(k_desc, [b, key, head_kv, 0], k_ready.index(slot),
+                                                        k_smem.index(slot))
+                        if D2:
+                            tma.async_copy_global_to_shared(k2_desc, [b, key, head_kv, k_desc.block_type.shape[3]],
+                                                            k_ready.index(slot), k2_smem.index(slot))
+                        barrier_wait(STAGES + slot, phase)
+                        mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
+                        tma.async_copy_global_to_shared(v_desc, [b, key, head_kv, 0], v_ready.index(slot),
+                                                        v_smem.index(slot))
+                        slot, phase = advance(slot, phase, STAGES)
+                        key -= BLOCK_N
+            turn += 1
+
+
+@gluon.jit
+def _scores(q, q2, k_smem, k2_smem, slot, BLOCK_N: gl.constexpr, D: gl.constexpr, D2: gl.constexpr,
+            S_LAYOUT: gl.constexpr):
+    """Starts S = Q K^T for the block in ``slot``."""
+    s = warpgroup_mma(q, k_smem.index(slot).reshape([BLOCK_N, D]).permute((1, 0)),
+                      gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT), use_acc=False, is_async=True)
+    if D2:
+        s = warpgroup_mma(q2, k2_smem.index(slot).reshape([BLOCK_N, D2]).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _exponentials(s, m, l, scale_log2):
+    """(P in the layout of ``s``, unrounded; l plus its lanes' sums). m, l: (64, 4), see quads."""
+    parts = quads(s)
+    p = gl.exp2(parts * scale_log2 - per_row(m, parts))
+    l += gl.convert_layout(total(p), l.type.layout, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(p, s.shape), s.type.layout, assert_trivial=True), l
+
+
+@gluon.jit
+def _step(acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase, position, key,
+          window, scale_log2, more, release, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BLOCK_N: gl.constexpr,
+          D: gl.constexpr, D2: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
+          O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr):
+    """S of this block and O += P V of the block before run together; the softmax of this one overlaps the latter.
+
+    On entry K of this block has arrived. ptxas would move the wait for O above the exponentials, since nothing in the
+    code depends on their order, and leave the tensor cores idle: the spin on the next K's barrier between them is the
+    end of a basic block, which it does not cross, and ``hold_*`` keeps P's computation on this side of it.
+    """
+    q_ready, k_ready, v_ready = bars
+    s = _scores(q, q2, k_smem, k2_smem, slot, BLOCK_N, D, D2, S_LAYOUT)
+    mbarrier.wait(v_ready.index(before), before_phase)
+    acc = warpgroup_mma(p16, v_smem.index(before).reshape([BLOCK_N, DV]), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    barrier_arrive(slot, release)
+    s = hide(s, position, key, window, CAUSAL, WINDOW)
+    m_new, changed = follow(m, gl.convert_layout(largest(quads(s)), m.type.layout, assert_trivial=True) * scale_log2)
+    alpha = gl.exp2(m - m_new)
+    m = m_new
+    p, l = _exponentials(s, m, l * alpha, scale_log2)
+    held = hold_half(gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT))
+    following, following_phase = advance(slot, phase, STAGES)
+    mbarrier.wait(k_ready.index(following), following_phase, pred=more)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    hold_half(p16)
+    barrier_arrive(STAGES + before, release)
+    acc = rescale(acc, alpha, changed)
+    return acc, m, l, held, slot, phase, following, following_phase
+
+
+@gluon.jit
+def _zero_rows(tile, rows, BLOCK_N: gl.constexpr, DV: gl.constexpr):
+    """Zeroes the rows of a V block from ``rows`` on: what the copy engine brought from the next sequence of a packed
+    batch would meet P = 0 there, and 0 * NaN is NaN. Every warpgroup does it for itself, before its first use."""
+    LANES: gl.constexpr = DV // 8 if DV < 256 else 32
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
+    for i in gl.static_range(BLOCK_N // 16):
+        part = tile.slice(i * 16, 16, dim=0)
+        x = part.load(LAYOUT)
+        part.store(gl.where(gl.expand_dims(row + i * 16 < rows, 1), x, gl.zeros_like(x)))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
+    """Warpgroup number INDEX: 64 query rows of one head at a time."""
+    GROUP: gl.constexpr = shape[0]
+    WARPGROUPS: gl.constexpr = shape[1]
+    HEADS: gl.constexpr = shape[2]
+    TOKENS: gl.constexpr = shape[3]
+    BLOCK_N: gl.constexpr = shape[4]
+    D: gl.constexpr = shape[5]
+    D2: gl.constexpr = shape[6]
+    DV: gl.constexpr = shape[7]
+    DV_TRUE: gl.constexpr = shape[8]
+    STAGES: gl.constexpr = shape[9]
+    Q_STAGES: gl.constexpr = shape[10]
+    VARLEN: gl.constexpr = shape[11]
+    WINDOW: gl.constexpr = shape[12]
+    SPREAD: gl.constexpr = shape[13]
+    SPLIT_LOOPS: gl.constexpr = shape[14]
+    SHARE_Q: gl.constexpr = shape[15]
+    o_desc, results, work, smem, bars = tensors
+    O, Sinks, Lse, scale_log2 = results
+    q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem = smem
+    q_ready, k_ready, v_ready = bars
+    batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, cu_q, cu_k = work
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
+                                                       instr_shape=[16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    CHUNK: gl.constexpr = WARPGROUPS * HEADS if SPREAD else 1
+    # Where the window's edge and the diagonal can meet in one block (WINDOW == 2), masked blocks get both comparisons.
+    BOTH: gl.constexpr = WINDOW == 2 or (WINDOW and not SPLIT_LOOPS)
+    EDGE_CAUSAL: gl.constexpr = WINDOW == 2
+    row = gl.arange(0, 64, layout=ROW_LAYOUT)
+    slot = 0
+    phase = 0
+    q_slot = 0
+    q_phase = 0
+    turn = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = _tile(
+            tile, work, GROUP, CHUNK, TOKENS, VARLEN, 4)
+        if ok:
+            begin, blocks = _keys(first, len_q, len_k, window, TOKENS, BLOCK_N, WINDOW)
+            if not SPREAD:
+                first += INDEX * 64
+            # positions in key coordinates (bottom-right aligned) of the first and the last row
+            earliest = first + len_k - len_q
+            latest = earliest + 63
+            position = earliest + row
+            rightmost = begin + (blocks - 1) * BLOCK_N
+            # Blocks count from the right. [skip, diagonal) lie on the diagonal, [diagonal, edge) are free of masks,
+            # [edge, stop) lie on the window's edge; all rows are blind to what is before skip and from stop on.
+            skip = gl.minimum(gl.cdiv(gl.maximum(rightmost - latest, 0), BLOCK_N), blocks - 1)
+            stop = blocks
+            if WINDOW:
+                stop = gl.minimum(gl.maximum(rightmost + BLOCK_N - 2 - earliest + window, 0) // BLOCK_N + 1, blocks)
+                stop = gl.maximum(stop, skip + 1)
+            diagonal = stop
+            edge = stop
+            if SPLIT_LOOPS:
+                diagonal = gl.cdiv(gl.maximum(rightmost + BLOCK_N - 1 - earliest, 0), BLOCK_N)
+                diagonal = gl.minimum(gl.maximum(diagonal, skip + 1), stop)
+                if WINDOW:
+                    edge = gl.cdiv(gl.maximum(rightmost - latest + window, 0), BLOCK_N)
+                    edge = gl.minimum(gl.maximum(edge, diagonal), stop)
+            tile_slot = slot
+            tile_phase = phase
+            for i in range(HEADS):
+                member = member0
+                last = True
+                if SPREAD:
+                    member += (INDEX + turn) % WARPGROUPS + WARPGROUPS * i
+                    # the slots of K and V go back with the last head that this warpgroup has in the tile
+                    last = (i == HEADS - 1) | (member + WARPGROUPS >= GROUP)
+                at = INDEX * Q_STAGES + q_slot
+                if member < GROUP:
+                    slot = tile_slot
+                    phase = tile_phase
+                    for _ in range(skip):
+                        # not to be handed back before they were filled: an arrival would count for the round before
+                        mbarrier.wait(k_ready.index(slot), phase)
+                        barrier_arrive(slot, last)
+                        mbarrier.wait(v_ready.index(slot), phase)
+                        barrier_arrive(STAGES + slot, last)
+                        slot, phase = advance(slot, phase, STAGES)
+                    q = q_smem.index(at).reshape([64, D])
+                    q2 = q
+                    if D2:
+                        q2 = q2_smem.index(at).reshape([64, D2])
+                    acc = gl.zeros([64, DV], gl.float32, O_LAYOUT)
+                    key = rightmost - skip * BLOCK_N
+                    mbarrier.wait(q_ready.index(at), q_phase)
+                    mbarrier.wait(k_ready.index(slot), phase)
+                    s = _scores(q, q2, k_smem, k2_smem, slot, BLOCK_N, D, D2, S_LAYOUT)
+                    s = warpgroup_mma_wait(0, deps=[s])
+                    barrier_arrive(slot, last)
+                    s = hide(s, position, key, window, True, BOTH)
+                    m = largest(quads(s))
+                    m = gl.maximum(gl.max(m, axis=1) * scale_log2, FAR_BELOW)
+                    m = gl.expand_dims(m, 1) + gl.zeros_like(largest(quads(s)))
+                    p, l = _exponentials(s, m, gl.zeros_like(m), scale_log2)
+                    p16 = hold_half(gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT))
+                    if VARLEN:
+                        if key + BLOCK_N > len_k:
+                            mbarrier.wait(v_ready.index(slot), phase)
+                            _zero_rows(v_smem.index(slot).reshape([BLOCK_N, DV]), len_k - key, BLOCK_N, DV)
+                    before = slot
+                    before_phase = phase
+                    slot, phase = advance(slot, phase, STAGES)
+                    mbarrier.wait(k_ready.index(slot), phase, pred=skip + 1 < stop)
+                    for n in range(skip + 1, diagonal):
+                        key -= BLOCK_N
+                        acc, m, l, p16, before, before_phase, slot, phase = _step(
+                            acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase,
+                            position, key, window, scale_log2, n + 1 < stop, last, True, BOTH, BLOCK_N, D, D2, DV,
+                            STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT)
+                    if SPLIT_LOOPS:
+                        for n in range(diagonal, edge):
+                            key -= BLOCK_N
+                            acc, m, l, p16, before, before_phase, slot, phase = _step(
+                                acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase,
+                                position, key, window, scale_log2, n + 1 < stop, last, False, False, BLOCK_N, D, D2, DV,
+                                STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT)
+                        if WINDOW:
+                            for n in range(edge, stop):
+                                key -= BLOCK_N
+                                acc, m, l, p16, before, before_phase, slot, phase = _step(
+                                    acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before,
+                                    before_phase, position, key, window, scale_log2, n + 1 < stop, last, EDGE_CAUSAL,
+                                    True, BLOCK_N, D, D2, DV, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT)
+                    # All of Q's readers are done. Its slot goes back now, unless the output is to pass through it.
+                    if not SHARE_Q:
+                        barrier_arrive(2 * STAGES + at, True)
+                    mbarrier.wait(v_ready.index(before), before_phase)
+                    acc = warpgroup_mma(p16, v_smem.index(before).reshape([BLOCK_N, DV]), acc, is_async=True)
+                    head_q = head_kv * GROUP + member
+                    m = gl.convert_layout(gl.max(m, axis=1), ROW_LAYOUT)
+                    l = gl.convert_layout(gl.sum(l, axis=1), ROW_LAYOUT)
+                    # The sink enters here and not as the initial maximum: one far above the logits would flush P to
+                    # zero in half precision.
+                    beta = gl.full([64], 1.0, gl.float32, ROW_LAYOUT)
+                    if Sinks is not None:
+                        sink = gl.load(Sinks + head_q).to(gl.float32) * LOG2E
+                        m_new = gl.maximum(m, sink)
+                        beta = gl.exp2(m - m_new)
+                        l = l * beta + gl.exp2(sink - m_new)
+                        m = m_new
+                    # A row without a visible key and without a sink has l == 0: o = 0, lse = -inf.
+                    factor = beta / gl.where(l == 0.0, 1.0, l)
+                    lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) * LN2)
+                    token = first + row
+                    if VARLEN:
+                        lse_at = Lse + head_q * seqlen_q.to(gl.int64) + start_q + token
+                    else:
+                        lse_at = Lse + (b * (heads_kv * GROUP) + head_q).to(gl.int64) * seqlen_q + token
+                    gl.store(lse_at, lse, mask=token < len_q)
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    hold_half(p16)
+                    barrier_arrive(STAGES + before, last)
+                    for _ in range(stop, blocks):
+                        mbarrier.wait(k_ready.index(slot), phase)
+                        barrier_arrive(slot, last)
+                        mbarrier.wait(v_ready.index(slot), phase)
+                        barrier_arrive(STAGES + slot, last)
+                        slot, phase = advance(slot, phase, STAGES)
+                    o = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT)), 1)
+                    o = o.to(v_smem.dtype)
+                    if VARLEN and first + 64 > len_q:
+                        # a copy of 64 rows would overwrite the next sequence's
+                        column = gl.expand_dims(gl.arange(0, DV, layout=gl.SliceLayout(0, O_LAYOUT)), 0)
+                        out = gl.expand_dims(first + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT)), 1)
+                        at_o = ((start_q + out).to(gl.int64) * (heads_kv * GROUP) + head_q) * DV_TRUE + column
+                        gl.store(O + at_o, o, mask=(out < len_q) & (column < DV_TRUE))
+                        if SHARE_Q:
+                            barrier_arrive(2 * STAGES + at, True)
+                    else:
+                        if SHARE_Q:
+                            out_smem = q_smem.index(at)
+                        else:
+                            out_smem = o_smem.index(INDEX)
+                            tma.store_wait(0)
+                        out_smem.reshape([64, DV]).store(o)
+                        fence_async_shared()
+                        store_bulk(o_desc, [b, start_q + first, head_q, 0], out_smem)
+                        if SHARE_Q:
+                            tma.store_wait(0)
+                            barrier_arrive(2 * STAGES + at, True)
+                else:
+                    # no such head: its slot is passed on, so that loader and warpgroup count alike
+                    mbarrier.wait(q_ready.index(at), q_phase)
+                    barrier_arrive(2 * STAGES + at, True)
+                    if i == 0:
+                        # no head of this tile is this warpgroup's, but the slots wait for it all the same
+                        for _ in range(blocks):
+                            mbarrier.wait(k_ready.index(slot), phase)
+                            barrier_arrive(slot, True)
+                            mbarrier.wait(v_ready.index(slot), phase)
+                            barrier_arrive(STAGES + slot, True)
+                            slot, phase = advance(slot, phase, STAGES)
+                q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+            turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "num_tiles", "tiles_per_unit", "section",
+                              "window"])
+def hopper_fwd_kernel(
+    q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc, O, Sinks, Lse, CuSeqlensQ, CuSeqlensK,
+    batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, scale_log2,
+    GROUP: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, DV: gl.constexpr, DV_TRUE: gl.constexpr,
+    WARPGROUPS: gl.constexpr, HEADS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, SPREAD: gl.constexpr,
+    SPLIT_LOOPS: gl.constexpr,
+    SHARE_Q: gl.constexpr, REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+):
+    """Persistent over tiles of 64 rows per warpgroup: tile, tile + programs, ...
+
+    *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64 or BLOCK_N, 1, part of the head dim);
+    a packed batch is one long sequence. O: the same memory as o_desc, contiguous. Lse: float32 (batch, heads_q,
+    seqlen_q), packed (heads_q, total_q). scale_log2 = softmax scale * log2(e).
+
+    SPREAD: the warpgroups take different heads of a group at the same tokens, HEADS of them one after the other while
+    K and V stay; else consecutive tokens of one head. SHARE_Q: the output leaves through Q's slot. REGISTERS: of each
+    warpgroup but the first, which gets what is left of maxnreg.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    TOKENS: gl.constexpr = 64 if SPREAD else 64 * WARPGROUPS
+    q_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS * Q_STAGES] + q_desc.block_type.shape, q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    q2_smem = q_smem
+    k2_smem = k_smem
+    if D2:
+        q2_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS * Q_STAGES] + q2_desc.block_type.shape, q2_desc.layout)
+        k2_smem = gl.allocate_shared_memory(dtype, [STAGES] + k2_desc.block_type.shape, k2_desc.layout)
+    o_smem = q_smem
+    if not SHARE_Q:
+        o_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS] + o_desc.block_type.shape, o_desc.layout)
+    # *_ready: the copy engine has filled the slot. *_empty: every warp that reads the slot has read it.
+    q_ready = gl.allocate_shared_memory(gl.int64, [WARPGROUPS * Q_STAGES, 1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    barriers_declare(num_tiles)
+    for i in gl.static_range(WARPGROUPS * Q_STAGES):
+        mbarrier.init(q_ready.index(i), count=1)
+        barrier_init(2 * STAGES + i, 4)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(v_ready.index(i), count=1)
+        barrier_init(i, 4 * WARPGROUPS)
+        barrier_init(STAGES + i, 4 * WARPGROUPS)
+    fence_async_shared()
+    smem = (q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem)
+    bars = (q_ready, k_ready, v_ready)
+    work = (batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, CuSeqlensQ, CuSeqlensK)
+    # by place, as _load and _compute take it apart
+    shape: gl.constexpr = (GROUP, WARPGROUPS, HEADS, TOKENS, BLOCK_N, D, D2, DV, DV_TRUE, STAGES, Q_STAGES, VARLEN,
+                           WINDOW, SPREAD, SPLIT_LOOPS, SHARE_Q)
+    descs = (q_desc, q2_desc, k_desc, k2_desc, v_desc)
+    results = (O, Sinks, Lse, scale_log2)
+    load = (descs, work, smem, bars)
+    compute = (o_desc, results, work, smem, bars)
+    if WARPGROUPS == 1:
+        gl.warp_specialize([(_compute, (compute, 0, shape)), (_load, (load, shape))], [1], [LOADER_REGISTERS])
+    elif WARPGROUPS == 2:
+        gl.warp_specialize([(_compute, (compute, 0, shape)), (_compute, (compute, 1, shape)), (_load, (load, shape))],
+                           [4, 1], [REGISTERS, LOADER_REGISTERS])
+    elif WARPGROUPS == 3:
+        gl.warp_specialize([(_compute, (compute, 0, shape)), (_compute, (compute, 1, shape)),
+                            (_compute, (compute, 2, shape)), (_load, (load, shape))],
+                           [4, 4, 1], [REGISTERS, REGISTERS, LOADER_REGISTERS])
+    else:
+        gl.warp_specialize([(_compute, (compute, 0, shape)), (_compute, (compute, 1, shape)),
+                            (_compute, (compute, 2, shape)), (_compute, (compute, 3, shape)), (_load, (load, shape))],
+                           [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, LOADER_REGISTERS])

@@ -1,0 +1,67 @@
+"""From tensors to a launch of the Hopper forward: descriptors, grid and constexprs. Arguments are taken as valid."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HopperFwdConfig, split_head_dim
+from flash_sink_attn.hopper.descriptors import describe, padded
+from flash_sink_attn.hopper.forward import hopper_fwd_kernel
+from flash_sink_attn.launcher import launch
+from flash_sink_attn.layout import LOG2E, Sequences
+
+# K and V of the heads whose tiles go together are to stay in the 50 MB of L2, of which other tensors take a part.
+_SECTION_BYTES = 32 << 20
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor,
+    *, sequences: Sequences, window: int | None, scale: float, config: HopperFwdConfig,
+) -> Any:
+    """Write o (like q with v's head dim, contiguous) and lse (float32, contiguous). Returns the compiled kernel."""
+    c = config
+    (first, second), width_v = split_head_dim(q.shape[-1]), padded(v.shape[-1])
+    heads_kv, group = k.shape[-2], q.shape[-2] // k.shape[-2]
+    tokens = 64 if c.HEADS else c.BLOCK_M
+    heads = c.HEADS if c.HEADS and _fits_ring(window, c) else 1
+    chunks = -(-group // (heads * c.warpgroups)) if c.HEADS else group
+    tiles = sequences.tiles(sequences.seqlen_q, 1, tokens)
+    units = heads_kv * chunks * (1 if sequences.varlen else sequences.batch)
+    section = max(1, _SECTION_BYTES // (sequences.seqlen_k * (q.shape[-1] + v.shape[-1]) * k.element_size())) * chunks
+    programs = tiles * units
+    if c.PROGRAMS_PER_SM:
+        programs = min(programs, c.PROGRAMS_PER_SM * _multiprocessors(q.device))
+    q_desc, k_desc = describe(q, 64, first), describe(k, c.BLOCK_N, first)
+    return launch(hopper_fwd_kernel, programs, q.device, [
+        q_desc, describe(q, 64, second) if second else q_desc, k_desc,
+        describe(k, c.BLOCK_N, second) if second else k_desc, describe(v, c.BLOCK_N, width_v), describe(o, 64, width_v),
+        o, sinks, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.batch, sequences.seqlen_q,
+        sequences.seqlen_k, heads_kv, tiles * units, tiles, min(section, units), window or 0, scale * LOG2E,
+    ], {
+        "GROUP": group, "D": first, "D2": second, "DV": width_v, "DV_TRUE": v.shape[-1], "WARPGROUPS": c.warpgroups,
+        "HEADS": heads, "BLOCK_N": c.BLOCK_N, "STAGES": c.num_stages, "Q_STAGES": c.Q_STAGES,
+        "VARLEN": sequences.varlen, "WINDOW": _window_mode(window, c.BLOCK_N), "SPREAD": c.HEADS > 0,
+        "SPLIT_LOOPS": c.SPLIT_LOOPS, "SHARE_Q": c.SHARE_Q, "REGISTERS": c.warpgroup_registers,
+        "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
+    }, num_warps=4, maxnreg=c.registers_per_thread)
+
+
+def _fits_ring(window: int | None, config: HopperFwdConfig) -> bool:
+    """Whether all keys that 64 tokens see are in shared memory at once."""
+    return window is not None and window + 63 <= config.num_stages * config.BLOCK_N
+
+
+def _window_mode(window: int | None, block: int) -> int:
+    """0: none; 1: its edge and the diagonal never meet in one block of one warpgroup's 64 rows; 2: they can."""
+    if window is None:
+        return 0
+    return 1 if window >= 64 + block - 2 else 2
+
+
+@functools.lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    # without a card: of an H100, as good as any to compile for
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
