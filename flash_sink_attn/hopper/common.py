@@ -31,29 +31,80 @@ def hold_half(x):
 
 
 @gluon.jit
-def hide(s, position, key, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
-    """Minus infinity for the keys from ``key`` on that the rows at ``position`` do not see.
+def quads(x):
+    """(rows, columns) as (rows, columns / 8, 4, 2): the third dimension is a quad's lane, the others are registers.
 
-    One instruction sequence per element: with gl.where ptxas computes all predicates first and packs them into bit
-    masks, 200 instructions more for a block.
+    The matrix instruction leaves each row of its result to four lanes, two columns in eight to each.
+    """
+    return gl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def per_row(x, like):
+    """(rows, 4), one value per row and lane, in the layout that goes with ``like`` of :func:`quads`, broadcastable."""
+    x = gl.convert_layout(x, gl.SliceLayout(1, gl.SliceLayout(3, like.type.layout)), assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(x, 1), 3)
+
+
+def _hide(causal: bool, window: bool) -> str:
+    """32 scores of two rows ($0 ..), minus infinity where the column is not in its row's range.
+
+    The columns that a thread holds are constants but for its lane, which the bounds allow for: each comparison is one
+    instruction with the column inside it. Operands after the 32 tied ones: the last column that a row sees, and the
+    last before its window, 32 times each, of which every fourth pair is the same row's.
+    """
+    lines = []
+    for i in range(32):
+        column, last, before = 8 * (i >> 2) + (i & 1), f"${64 + (i & 2)}", f"${(96 if causal else 64) + (i & 2)}"
+        if causal and window:
+            test = f"setp.lt.s32 q, {before}, {column}; setp.ge.and.s32 p, {last}, {column}, q;"
+        else:
+            test = f"setp.ge.s32 p, {last}, {column};" if causal else f"setp.lt.s32 p, {before}, {column};"
+        lines.append(f"{test} selp.f32 ${i}, ${i}, 0fFF800000, p;")
+    return "{ .reg .pred p, q; " + " ".join(lines) + " }"
+
+
+HIDE_FUTURE: gl.constexpr = gl.constexpr(_hide(True, False))
+HIDE_PAST: gl.constexpr = gl.constexpr(_hide(False, True))
+HIDE_BOTH: gl.constexpr = gl.constexpr(_hide(True, True))
+_TIES = ["=f"] * 32 + [str(i) for i in range(32)]
+ONE_BOUND: gl.constexpr = gl.constexpr(",".join(_TIES + ["r"] * 32))
+TWO_BOUNDS: gl.constexpr = gl.constexpr(",".join(_TIES + ["r"] * 64))
+
+
+@gluon.jit
+def reaches(first, like):
+    """first + row - 2 * lane for the rows and lanes of ``like`` of :func:`quads`: (rows, 4) int32, see :func:`hide`."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, like.type.layout))
+    row = gl.expand_dims(gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, LAYOUT)), 1)
+    lane = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    return first + row - 2 * lane
+
+
+@gluon.jit
+def hide(s, reach, key, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    """Minus infinity for the keys from ``key`` on that the rows of ``reach`` do not see.
+
+    With gl.where ptxas computes all predicates first and packs them into bit masks, 200 instructions more for a block.
     """
     if CAUSAL or WINDOW:
-        COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-        column = gl.expand_dims(key + gl.arange(0, s.shape[1], layout=COLUMNS), 0)
-        row = gl.expand_dims(position, 1)
+        parts = quads(s)
+        # an instruction sequence covers 64 columns
+        GROUPS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, parts.type.layout)))
+        group = gl.arange(0, s.shape[1] // 8, layout=GROUPS) // 8 * 64
+        group = gl.expand_dims(gl.expand_dims(gl.expand_dims(group, 0), 2), 3)
+        last = per_row(reach - key, parts) - group
+        before = last - window
         if CAUSAL and WINDOW:
-            return gl.inline_asm_elementwise(
-                "{ .reg .pred p, q; setp.gt.s32 q, $2, $4; setp.le.and.s32 p, $2, $3, q; "
-                "selp.f32 $0, $1, 0fFF800000, p; }",
-                "=f,f,r,r,r", [s, column, row, row - window], dtype=gl.float32, is_pure=True, pack=1)
+            parts = gl.inline_asm_elementwise(HIDE_BOTH, TWO_BOUNDS, [parts, last, before], dtype=gl.float32,
+                                              is_pure=True, pack=32)
         elif CAUSAL:
-            return gl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
-                "=f,f,r,r", [s, column, row], dtype=gl.float32, is_pure=True, pack=1)
+            parts = gl.inline_asm_elementwise(HIDE_FUTURE, ONE_BOUND, [parts, last], dtype=gl.float32, is_pure=True,
+                                              pack=32)
         else:
-            return gl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.gt.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
-                "=f,f,r,r", [s, column, row - window], dtype=gl.float32, is_pure=True, pack=1)
+            parts = gl.inline_asm_elementwise(HIDE_PAST, ONE_BOUND, [parts, before], dtype=gl.float32, is_pure=True,
+                                              pack=32)
+        return gl.convert_layout(gl.reshape(parts, s.shape), s.type.layout, assert_trivial=True)
     else:
         return s
 
@@ -90,22 +141,6 @@ def _rescale(count: int) -> str:
 FOLLOW: gl.constexpr = gl.constexpr(_follow())
 RESCALE: gl.constexpr = gl.constexpr(_rescale(32))
 RESCALE_TIES: gl.constexpr = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32 + ["r"] * 32))
-
-
-@gluon.jit
-def quads(x):
-    """(rows, columns) as (rows, columns / 8, 4, 2): the third dimension is a quad's lane, the others are registers.
-
-    The matrix instruction leaves each row of its result to four lanes, two columns in eight to each.
-    """
-    return gl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2])
-
-
-@gluon.jit
-def per_row(x, like):
-    """(rows, 4), one value per row and lane, in the layout that goes with ``like`` of :func:`quads`, broadcastable."""
-    x = gl.convert_layout(x, gl.SliceLayout(1, gl.SliceLayout(3, like.type.layout)), assert_trivial=True)
-    return gl.expand_dims(gl.expand_dims(x, 1), 3)
 
 
 @gluon.jit
