@@ -32,7 +32,7 @@ SWEEPS = (
     ("repeat",),
     ("repeat_runs",),
     ("tables", "sittings"),
-    ("overview", "trial_table", "terminal_answer", "compile_table", "replay"),
+    ("overview", "board", "trial_table", "terminal_answer", "compile_table", "replay"),
     ("plot_style",),
     ("heatmaps",),
     ("plots", "chart_data", "charts"),
