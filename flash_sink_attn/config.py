@@ -6,6 +6,7 @@ The launcher and the sweep's search space both call :func:`reject_reason`; nothi
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -169,21 +170,33 @@ class HopperFwdConfig(_Config):
         return 4 * (self.warpgroups + 1)
 
 
+class HopperBwdForm(enum.IntEnum):
+    """How the Hopper backward makes dq, see :class:`HopperBwdConfig`."""
+
+    ACCUMULATE = 0
+    RECOMPUTE = 1
+    SLIDE = 2
+
+
 @_with_fields
 @dataclasses.dataclass(frozen=True)
 class HopperBwdConfig(_Config):
     """Everything a launch of the Hopper backward can choose.
 
     Attributes:
-        BLOCK_M: query rows of a tile.
-        BLOCK_N: keys of a tile, 64 per consumer warpgroup.
-        num_stages: tiles of q and do that the producer may be ahead.
-        maxnreg: cap on registers per thread, None for the kernel's own choice.
+        BLOCK_M: query rows of a tile, 64; with FORM 1 of the kernel that makes dq, and there 128 for 64 tokens of two
+            heads at once.
+        BLOCK_N: keys of a tile, 64 per warpgroup: 128 with FORM 0, 64 or 128 with FORM 1, 192 with FORM 2.
+        num_stages: tiles of q and do that shared memory holds.
+        maxnreg: registers per thread of the kernel that makes dk and dv, a choice with FORM 1 and 64 keys only; None
+            for the form's own number.
         FORM: 0 to add dq up outside the program (five products per pair of tiles), 1 to make it in a kernel of its own
-            (seven), 2 for short windows, to keep it in the program that slides over them.
-        PIPELINE: which order of the matrix products is used.
-        BUFFERS: tiles of dS that may wait for their product.
-        DETERMINISTIC: with FORM 0, add dq up in a fixed order; the other forms do so by nature.
+            (seven), 2 to slide over queries and keys at once (five): for head dim 64, windows of at most
+            HOPPER_SLIDE_WINDOW keys, and queries and keys of the same lengths. The rule for configurations knows
+            neither window nor lengths: a call that cannot slide is made with FORM 1, see :meth:`recomputing`.
+        BUFFERS: tiles of dS that may wait for their product, 0 for the form's own number.
+        DETERMINISTIC: for a FORM 0 that adds dq up in a fixed order, which there is not: must be False. The other forms
+            give the same bits each time by nature.
     """
 
     BLOCK_M: int
@@ -191,19 +204,30 @@ class HopperBwdConfig(_Config):
     num_stages: int = 2
     maxnreg: int | None = None
     FORM: int = 0
-    PIPELINE: int = 0
-    BUFFERS: int = 2
+    BUFFERS: int = 0
     DETERMINISTIC: bool = False
 
     @property
     def num_warps(self) -> int:
-        """Four per consumer warpgroup, and the producer's, which counts as four."""
+        """Four per warpgroup with keys, and four for the others: who loads, stores, or makes dq."""
         return 4 * (self.BLOCK_N // 64) + 4
 
     @property
     def reproducible(self) -> bool:
         """Whether the same inputs give the same bits."""
         return self.FORM > 0 or self.DETERMINISTIC
+
+    def recomputing(self) -> HopperBwdConfig:
+        """What makes a call that FORM 2 was chosen for and cannot do."""
+        return HopperBwdConfig(64, 64, FORM=HopperBwdForm.RECOMPUTE)
+
+    def buffers(self, width: int) -> int:
+        """Tiles of dS in shared memory, for each 64 keys, where tiles are ``width`` columns wide."""
+        if self.FORM == HopperBwdForm.RECOMPUTE:
+            return 1
+        if self.FORM == HopperBwdForm.ACCUMULATE and width > 64:
+            return HOPPER_SHARED_DQ_BUFFERS
+        return self.BUFFERS or {HopperBwdForm.ACCUMULATE: 3, HopperBwdForm.SLIDE: 2}[HopperBwdForm(self.FORM)]
 
 
 AnyConfig = TileConfig | HopperFwdConfig | HopperBwdConfig
@@ -424,9 +448,69 @@ def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
     return None
 
 
+HOPPER_BWD_HEAD_DIMS = ((64, 64), (96, 96), (128, 128))
+HOPPER_SLIDE_WINDOW = 129  # what 64 queries see of it is in three blocks of 64 keys
+HOPPER_SHARED_DQ_BUFFERS = 4  # where two warpgroups make dq together, by the order of their turns
+
+
 def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
     """The part of :func:`reject_reason` for ``hopper_bwd``."""
-    for name, value in (("BLOCK_M", c.BLOCK_M), ("BLOCK_N", c.BLOCK_N)):
-        if value not in (64, 128, 192):
-            return f"{name} must be one of (64, 128, 192), got {value}"
-    return _hopper_reject_reason(c, shape)
+    if c.FORM not in tuple(HopperBwdForm):
+        return f"FORM must be one of {tuple(map(int, HopperBwdForm))}, got {c.FORM}"
+    form = HopperBwdForm(c.FORM)
+    sizes = {HopperBwdForm.ACCUMULATE: ((64,), (128,)), HopperBwdForm.RECOMPUTE: ((64, 128), (64, 128)),
+             HopperBwdForm.SLIDE: ((64,), (192,))}[form]
+    for name, value, allowed in (("BLOCK_M", c.BLOCK_M, sizes[0]), ("BLOCK_N", c.BLOCK_N, sizes[1])):
+        if value not in allowed:
+            return f"{name} must be one of {allowed} with FORM {c.FORM}, got {value}"
+    if c.DETERMINISTIC:
+        return "DETERMINISTIC must be False: FORM 0 adds dq up in no fixed order, the other forms need no such order"
+    if (reason := _hopper_reject_reason(c, shape)) is not None:
+        return reason
+    if (shape.head_dim, shape.head_dim_v) not in HOPPER_BWD_HEAD_DIMS:
+        return (f"the Hopper backward has head dims {', '.join(f'{d}/{dv}' for d, dv in HOPPER_BWD_HEAD_DIMS)}, "
+                f"got {shape.head_dim}/{shape.head_dim_v}")
+    if form == HopperBwdForm.SLIDE and shape.head_dim != 64:
+        return f"FORM 2 needs head dim 64, got {shape.head_dim}"
+    if c.BLOCK_M == 128 and shape.group == 1:
+        return "BLOCK_M 128 needs a group of two heads or more"
+    width = 64 if shape.head_dim <= 64 else 128
+    if form == HopperBwdForm.ACCUMULATE and c.num_stages < 2:
+        return f"num_stages must be at least 2 with FORM 0 (a tile begins before the last is done), got {c.num_stages}"
+    return _hopper_bwd_counts_reason(c, form, width) or _hopper_bwd_shared_reason(c, form, width, shape.limits)
+
+
+def _hopper_bwd_counts_reason(c: HopperBwdConfig, form: HopperBwdForm, width: int) -> str | None:
+    """What is wrong with BUFFERS or maxnreg."""
+    if not 0 <= c.BUFFERS <= 8:
+        return f"BUFFERS must be from 0 to 8, got {c.BUFFERS}"
+    if c.BUFFERS and form == HopperBwdForm.RECOMPUTE:
+        return f"BUFFERS must be 0 with FORM 1, which has none, got {c.BUFFERS}"
+    if form == HopperBwdForm.ACCUMULATE and width > 64 and c.BUFFERS not in (0, HOPPER_SHARED_DQ_BUFFERS):
+        return f"BUFFERS must be 0 or {HOPPER_SHARED_DQ_BUFFERS} with FORM 0 at head dims above 64, got {c.BUFFERS}"
+    if c.maxnreg is None:
+        return None
+    if form != HopperBwdForm.RECOMPUTE or c.BLOCK_N != 64:
+        return f"maxnreg must be None but with FORM 1 and BLOCK_N 64, got {c.maxnreg}"
+    # one warpgroup takes what the loader's leaves: dk, dv, S and dP, and 40 registers for all else
+    least = (2 * width // 2 + 64 + 40 + HOPPER_LOADER_REGISTERS) // 2
+    if not least <= c.maxnreg <= 136 or c.maxnreg % 8:
+        return f"maxnreg must be a multiple of 8 from {least} to 136 here, got {c.maxnreg}"
+    return None
+
+
+def _hopper_bwd_shared_reason(c: HopperBwdConfig, form: HopperBwdForm, width: int, limits: Limits) -> str | None:
+    tile, ds = 2 * 64 * width, 2 * 64 * 64
+    keys, statistics = c.BLOCK_N // 64, 512 * c.num_stages
+    if form == HopperBwdForm.SLIDE:
+        shared = tile * (2 * 4 + 3 * c.num_stages) + ds * keys * c.buffers(width) + statistics
+    else:
+        shared = tile * 2 * (keys + c.num_stages) + statistics
+        if form == HopperBwdForm.ACCUMULATE:
+            shared += ds * keys * c.buffers(width)
+        else:
+            shared = max(shared, tile * (3 * c.BLOCK_M // 64 + 2 * 2))
+    shared += HOPPER_OTHER_SHARED
+    if shared > limits.shared_bytes:
+        return f"tiles need {shared} bytes of shared memory, the GPU has {limits.shared_bytes}"
+    return None

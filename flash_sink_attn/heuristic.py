@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from flash_sink_attn.config import (
+    HOPPER_BWD_HEAD_DIMS,
     HOPPER_HEAD_DIMS,
+    HOPPER_SLIDE_WINDOW,
     AnyConfig,
     HopperBwdConfig,
     HopperFwdConfig,
@@ -21,8 +23,9 @@ from flash_sink_attn.tuned_table import ShapeKey
 
 # Where the Hopper kernels are used without a measurement of the shape or one near it: (pass, head dim of q and k, of
 # v, whether there is a window).
+_DIMS: dict[Pass, tuple[tuple[int, int], ...]] = {"fwd": HOPPER_HEAD_DIMS, "bwd": HOPPER_BWD_HEAD_DIMS}
 PREFER_HOPPER: frozenset[tuple[Pass, int, int, bool]] = frozenset(
-    ("fwd", d, dv, windowed) for d, dv in HOPPER_HEAD_DIMS for windowed in (False, True))
+    (pass_, d, dv, windowed) for windowed in (False, True) for pass_, dims in _DIMS.items() for d, dv in dims)
 
 # Tried in order until the validity rule accepts one.
 _HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1), HopperFwdConfig(128, 64, SHARE_Q=True),
@@ -32,11 +35,13 @@ _HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS
                       HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2))
 _HOPPER_FWD_WINDOW_SMALL_DIM = (HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=4, PROGRAMS_PER_SM=3, maxnreg=80),
                                 HopperFwdConfig(64, 64, 3, Q_STAGES=2, PROGRAMS_PER_SM=3, maxnreg=80))
-_HOPPER_BWD = (HopperBwdConfig(64, 128), HopperBwdConfig(64, 64), HopperBwdConfig(64, 128, DETERMINISTIC=True),
-               HopperBwdConfig(64, 64, DETERMINISTIC=True), HopperBwdConfig(64, 128, FORM=1),
-               HopperBwdConfig(64, 64, FORM=1))
-_HOPPER_BWD_SMALL_DIM = (HopperBwdConfig(128, 128),)
-_HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 128, FORM=1), HopperBwdConfig(64, 64, FORM=1))
+_HOPPER_BWD = (HopperBwdConfig(64, 128), HopperBwdConfig(64, 64, FORM=1))
+_HOPPER_BWD_SMALL_DIM = (HopperBwdConfig(64, 128, 3),)
+_HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 64, FORM=1),)
+_HOPPER_BWD_SLIDE = (HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 3, FORM=2))
+# Adding dq up outside costs two launches more and a pass over it in float32, two more products per pair of tiles cost
+# by the window: from two measured windows and none the two meet at about 300 keys (head dim 64) and 500 (128).
+_RECOMPUTE_WINDOW = 384
 
 # Tried in order until one fits, the special ones first. From measurements on an H100: small tiles with a deep pipeline
 # beat 128 x 128; a first operand in registers (REGISTER_A) halves what the matrix unit reads from shared memory, but
@@ -136,8 +141,10 @@ def _hopper(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool) 
                    else _HOPPER_FWD_SMALL_DIM if small else ())
         candidates = (*special, *_HOPPER_FWD)
     else:
-        candidates = (*(_HOPPER_BWD_WINDOW if key.window is not None else _HOPPER_BWD_SMALL_DIM if small else ()),
-                      *_HOPPER_BWD)
+        slides = key.window is not None and key.window <= HOPPER_SLIDE_WINDOW and key.seqlen_q == key.seqlen_k
+        recomputes = key.window is not None and key.window <= _RECOMPUTE_WINDOW
+        candidates = (*(_HOPPER_BWD_SLIDE if slides else ()), *(_HOPPER_BWD_WINDOW if recomputes else ()),
+                      *(_HOPPER_BWD_SMALL_DIM if small else ()), *_HOPPER_BWD)
         if deterministic:
             candidates = tuple(config for config in candidates if reproducible(config))
     valid = (c for c in candidates if reject_reason(

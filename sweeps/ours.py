@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from flash_sink_attn.config import (
     CONFIG_CLASS,
+    HOPPER_BWD_HEAD_DIMS,
     HOPPER_HEAD_DIMS,
+    HOPPER_SLIDE_WINDOW,
     AnyConfig,
     AttnConfig,
     HopperBwdConfig,
@@ -207,7 +209,8 @@ class Hopper(Ours):
         """Parts of a backward, which is one kernel here, and head dims that nobody wrote it for."""
         if case.pass_ not in LAUNCHES["hopper"]:
             return "the Hopper backward makes all gradients in one: it has no such part"
-        if (case.head_dim, case.head_dim_v) not in HOPPER_HEAD_DIMS:
+        dims = HOPPER_HEAD_DIMS if case.pass_ == "fwd" else HOPPER_BWD_HEAD_DIMS
+        if (case.head_dim, case.head_dim_v) not in dims:
             return f"the Hopper kernels do not have the head dims {case.head_dim}/{case.head_dim_v}"
         return None
 
@@ -216,8 +219,14 @@ class Hopper(Ours):
         if case.pass_ in self.wholes:
             return []  # composed of its parts' winners
         if case.pass_ == "bwd":
-            return [HopperBwdConfig(m, n, s, FORM=form).to_dict() for m, n, s, form in itertools.product(
-                (64, 128), (64, 128), (1, 2), (0, 1) if case.window else (0,))]
+            small = case.head_dim <= 64
+            tried = [HopperBwdConfig(64, 128, s, FORM=0) for s in ((2, 3, 4) if small else (2, 3))]
+            if case.window:
+                tried += [HopperBwdConfig(m, n, s, FORM=1)
+                          for m, n, s in itertools.product((64, 128), (64, 128), (2, 3))]
+            if case.window and case.window <= HOPPER_SLIDE_WINDOW and small and case.seqlen_q == case.seqlen_k:
+                tried += [HopperBwdConfig(64, 192, s, FORM=2, BUFFERS=b) for s, b in ((2, 3), (3, 2), (3, 3), (4, 2))]
+            return [config.to_dict() for config in tried]
         found = []
         if case.window:
             small = case.head_dim <= 64

@@ -39,8 +39,8 @@ hopper_fwd_configs = st.builds(
     SHARE_Q=st.booleans(), PROGRAMS_PER_SM=st.integers(0, 4),
     maxnreg=st.none() | st.integers(24, 255))
 hopper_bwd_configs = st.builds(
-    HopperBwdConfig, BLOCK_M=st.sampled_from((64, 128)), BLOCK_N=st.sampled_from((64, 128)),
-    FORM=st.integers(0, 2), DETERMINISTIC=st.booleans())
+    HopperBwdConfig, BLOCK_M=st.sampled_from((64, 128)), BLOCK_N=st.sampled_from((64, 128, 192)),
+    num_stages=st.integers(1, 8), FORM=st.integers(0, 2), BUFFERS=st.integers(0, 8), DETERMINISTIC=st.booleans())
 attn_configs = st.builds(AttnConfig, *(st.none() | tile_configs for _ in PORTABLE), st.none() | hopper_fwd_configs,
                          st.none() | hopper_bwd_configs)
 
@@ -189,6 +189,44 @@ def test_the_rule_for_the_hopper_kernels() -> None:
 def test_the_rule_for_the_hopper_forward(config: HopperFwdConfig, shape: dict[str, int], said: str | None) -> None:
     found = reason(config, "hopper_fwd", **shape)
     assert found is None if said is None else said in str(found)
+
+
+ACCUMULATE, RECOMPUTE, SLIDE = (
+    HopperBwdConfig(64, 128), HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(64, 192, 4, FORM=2))
+
+
+@pytest.mark.parametrize(("config", "changes", "head_dim", "words"), [
+    (ACCUMULATE, {}, 64, None), (ACCUMULATE, {}, 96, None), (ACCUMULATE, {}, 128, None),
+    (RECOMPUTE, {}, 64, None), (RECOMPUTE, {}, 96, None), (RECOMPUTE, {"BLOCK_M": 128, "BLOCK_N": 128}, 128, None),
+    (SLIDE, {}, 64, None), (ACCUMULATE, {"num_stages": 4, "BUFFERS": 4}, 64, None),
+    (RECOMPUTE, {"maxnreg": 104}, 64, None), (RECOMPUTE, {"num_stages": 1}, 128, None),
+    (ACCUMULATE, {"FORM": 3}, 64, "FORM must be one of"), (ACCUMULATE, {"BLOCK_M": 128}, 64, "BLOCK_M must be one of"),
+    (ACCUMULATE, {"BLOCK_N": 64}, 64, "BLOCK_N must be one of"), (RECOMPUTE, {"BLOCK_N": 192}, 64, "with FORM 1"),
+    (SLIDE, {"BLOCK_N": 128}, 64, "with FORM 2"), (SLIDE, {}, 128, "FORM 2 needs head dim 64"),
+    (SLIDE, {}, 96, "FORM 2 needs head dim 64"), (ACCUMULATE, {}, 256, "the Hopper backward has head dims"),
+    (ACCUMULATE, {"num_stages": 1}, 64, "num_stages must be at least 2"),
+    (ACCUMULATE, {"BUFFERS": 3}, 128, "BUFFERS must be 0 or 4"), (RECOMPUTE, {"BUFFERS": 2}, 64, "BUFFERS must be 0"),
+    (ACCUMULATE, {"BUFFERS": 9}, 64, "BUFFERS must be from"), (ACCUMULATE, {"maxnreg": 128}, 64, "must be None"),
+    (RECOMPUTE, {"maxnreg": 100}, 64, "multiple of 8"), (RECOMPUTE, {"maxnreg": 120}, 128, "multiple of 8 from 128"),
+    (ACCUMULATE, {"num_stages": 4}, 128, "of shared memory"), (SLIDE, {"BUFFERS": 3}, 64, "of shared memory"),
+    (RECOMPUTE, {"num_stages": 7}, 128, "of shared memory"),
+    (ACCUMULATE, {"DETERMINISTIC": True}, 64, "DETERMINISTIC must be False"),
+    (RECOMPUTE, {"DETERMINISTIC": True}, 64, "DETERMINISTIC must be False"),
+])
+def test_the_rule_for_the_hopper_backward(
+    config: HopperBwdConfig, changes: dict[str, Any], head_dim: int, words: str | None
+) -> None:
+    found = reason(dataclasses.replace(config, **changes), "hopper_bwd", head_dim)
+    assert found is None if words is None else words in str(found)
+
+
+def test_the_hopper_backward_has_no_head_dims_that_differ() -> None:
+    assert "got 192/128" in str(reason(ACCUMULATE, "hopper_bwd", 192, 128))
+
+
+def test_two_heads_at_once_need_two_heads() -> None:
+    two = dataclasses.replace(RECOMPUTE, BLOCK_M=128)
+    assert reason(two, "hopper_bwd", group=2) is None and "a group" in str(reason(two, "hopper_bwd", group=1))
 
 
 def test_warps_of_the_hopper_kernels_are_their_warpgroups() -> None:

@@ -88,7 +88,7 @@ def test_as_an_implementation_of_the_sweeps() -> None:
         configs = [*HOPPER.space(case), HOPPER.default_config(case, 90)]
         assert len(configs) > 4 and all(HOPPER.rejected(case, c, 90) is None for c in configs[-1:])
         assert "compute capability" in str(HOPPER.rejected(case, configs[0], 80))
-        assert num_warps("hopper", pass_, configs[0]) == 8
+        assert num_warps("hopper", pass_, configs[0]) == {"fwd": 8, "bwd": 12}[pass_]
     assert set(HOPPER.default_config(FWD.with_pass("fwd_bwd"), 90)) == {"hopper_fwd", "hopper_bwd"}
     assert "unknown field" in str(HOPPER.rejected(FWD, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}, 90))
     assert kernel_of("hopper", "bwd") == "hopper_bwd" and kernel_of("triton", "bwd") is None

@@ -127,7 +127,7 @@ def test_what_the_caller_says_goes_first(monkeypatch: pytest.MonkeyPatch, tmp_pa
     own = HopperFwdConfig(128, 64)
     found = chosen("fwd", Options(AttnConfig(hopper_fwd=own)))
     assert (found.impl, found.decisions[0].config, found.decisions[0].source) == ("hopper", own, "explicit")
-    assert chosen("bwd", Options(AttnConfig(hopper_fwd=own))).impl == "triton"
+    assert chosen("bwd", Options(AttnConfig(hopper_fwd=own))).reason.startswith("the heuristic")
     assert chosen("fwd", Options(AttnConfig.everywhere(FWD))).impl == "triton"
     both = AttnConfig(fwd=FWD, hopper_fwd=own)
     assert [chosen("fwd", Options(both, impl)).decisions[0].config for impl in ("triton", "hopper")] == [FWD, own]
@@ -240,10 +240,10 @@ def test_it_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     fake_kernels.needs_no_gpu()
     q, k, v, sinks = fake_kernels.tensors(seqlen=80)
     found = explain(q, k, v, sinks, 16)
-    assert found["hopper_fwd"].config == HOPPER_FWD and found["bwd_dq"].source == "heuristic"
+    assert found["hopper_fwd"].config == HOPPER_FWD and found["hopper_bwd"].source == "heuristic"
     text = str(found)
     assert "fwd: impl=hopper: the faster one at the-case of h100's table: hopper 0.1 ms, triton 0.2 ms" in text
-    assert "not fwd: exact: 64x32" in text and "bwd: impl=triton: the heuristic" in text and "not hopper_bwd" in text
+    assert "not fwd: exact: 64x32" in text and "bwd: impl=hopper: the heuristic" in text and "not bwd_dq" in text
     monkeypatch.setattr(support, "device_problem", lambda device: "they need another card")
     dispatch.forget()
     text = str(explain(q, k, v, sinks, 16, pass_="fwd"))

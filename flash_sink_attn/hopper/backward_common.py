@@ -1,0 +1,107 @@
+"""What the kernels of the Hopper backward share: packed tiles, tails, masks, and the order of scratch tiles."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from flash_sink_attn.hopper.common import sequence_bounds
+
+# The float32 tiles in scratch lie as the matrix instruction leaves them, so that each thread moves 16 bytes at once:
+# [column / 8][warp][lane / 4][lane % 4][row / 8 % 2][column % 2].
+
+
+@gluon.jit
+def find_padded(cu_seqlens, batch, total, tile, BLOCK: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Map a tile number to (sequence, its first token, its length, tile within it) where sequence i's tiles begin at
+    number start_i // BLOCK + i: far enough apart for all of them, and without a sum over sequences."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4 // NUM_WARPS], [32], [NUM_WARPS], [0])
+    count = 0
+    lane = gl.arange(0, 128, layout=LAYOUT)
+    for first in range(0, batch, 128):
+        index = first + lane
+        start = gl.load(cu_seqlens + index, mask=index < batch, other=0)
+        start = gl.minimum(gl.maximum(start, 0), total)
+        begun = (index < batch) & (start // BLOCK + index <= tile)
+        count += gl.sum(begun.to(gl.int32), axis=0)
+    sequence = gl.maximum(count - 1, 0)
+    start, length = sequence_bounds(cu_seqlens, sequence, total)
+    return sequence, start, length, tile - start // BLOCK - sequence
+
+
+@gluon.jit
+def other_bounds(cu_seqlens, sequence, total, start, length):
+    """Bounds of the other side's sequence, where that has its own."""
+    if cu_seqlens is not None:
+        start, length = sequence_bounds(cu_seqlens, sequence, total)
+    return start, length
+
+
+@gluon.jit
+def zero_rows(tile, rows, BLOCK: gl.constexpr, D: gl.constexpr):
+    """Zeroes the rows of a tile from ``rows`` on: what the copy engine brought from the next sequence of a packed batch
+    would meet P = 0 there, and 0 * NaN is NaN. Every warpgroup does it for itself, before its first use."""
+    LANES: gl.constexpr = D // 8 if D < 256 else 32
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
+    for i in gl.static_range(BLOCK // 16):
+        part = tile.slice(i * 16, 16, dim=0)
+        x = part.load(LAYOUT)
+        part.store(gl.where(gl.expand_dims(row + i * 16 < rows, 1), x, gl.zeros_like(x)))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def up_to(p, key, row):
+    """0 for the elements with key > row; one instruction pair each, see common.hide."""
+    return gl.inline_asm_elementwise("{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0f00000000, p; }",
+                                     "=f,f,r,r", [p, key, row], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def above(p, key, row):
+    """0 for the elements with key <= row."""
+    return gl.inline_asm_elementwise("{ .reg .pred p; setp.gt.s32 p, $2, $3; selp.f32 $0, $1, 0f00000000, p; }",
+                                     "=f,f,r,r", [p, key, row], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def opaque(x):
+    """``x``, computed where it stands: keeps what depends on it from being hoisted into registers that spill."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def scratch_offsets(LAYOUT: gl.constexpr, COLUMNS: gl.constexpr):
+    """Bytes from a scratch tile's start to each element of an accumulator."""
+    r = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    c = gl.expand_dims(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    x = (c // 8) * 2048 + (r // 16) * 512 + (r % 8) * 64 + ((c % 8) // 2) * 16 + ((r // 8) % 2) * 8 + (c % 2) * 4
+    return x.to(gl.int64)
+
+
+@gluon.jit
+def scratch_add(pointer, x):
+    gl.inline_asm_elementwise("{ red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0; }",
+                              "=r,l,l,l,l,f,f,f,f", [pointer, x], dtype=gl.int8, is_pure=False, pack=4)
+
+
+@gluon.jit
+def scratch_put(pointer, x):
+    gl.inline_asm_elementwise("{ st.global.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0; }",
+                              "=r,l,l,l,l,f,f,f,f", [pointer, x], dtype=gl.int8, is_pure=False, pack=4)
+
+
+@gluon.jit
+def sum_sinks(Part, DSinks, slots, heads_q, NUM_WARPS: gl.constexpr):
+    """The programs sum the heads' parts of their sinks' gradients, each in one order."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4 // NUM_WARPS], [32], [NUM_WARPS], [0])
+    lane = gl.arange(0, 128, layout=LAYOUT)
+    for head in range(gl.program_id(0), heads_q, gl.num_programs(0)):
+        part = Part + gl.to_tensor(head).to(gl.int64) * slots
+        x = gl.zeros([128], gl.float32, LAYOUT)
+        for first in range(0, slots, 128):
+            x += gl.load(part + first + lane, mask=first + lane < slots, other=0.0)
+        gl.store(DSinks + head, gl.sum(x, axis=0))

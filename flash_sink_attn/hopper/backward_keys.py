@@ -1,0 +1,511 @@
+"""The Hopper backward, programs that hold keys: dK and dV, and in the form that accumulates their share of dQ.
+
+One loader warp, one or two warpgroups of 64 keys each, and at head dim 64 one more that makes dQ: see
+:func:`hopper_bwd_keys_kernel`. docs/hopper.md draws the forms.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flash_sink_attn.hopper.backward_common import (
+    above,
+    find_padded,
+    scratch_add,
+    scratch_offsets,
+    sum_sinks,
+    up_to,
+    zero_rows,
+)
+from flash_sink_attn.hopper.common import (
+    advance,
+    barrier_arrive,
+    barrier_init,
+    barrier_wait,
+    barriers_declare,
+    hold_half,
+    sequence_bounds,
+    store_bulk,
+)
+
+
+@gluon.jit
+def _key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, VARLEN: gl.constexpr,
+              TOGETHER: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """(ok, batch, key head, first key, keys' minus queries' length, lengths, where the sequences and its statistics
+    begin, first query tile, tiles, +-1).
+
+    Without packing, tiles go by sections of ``section`` (batch, key head) pairs, longest first under a causal mask.
+    """
+    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
+    tile = gl.program_id(0)
+    step = 1
+    if VARLEN:
+        head = tile % heads_kv
+        if cu_k is None:
+            sequence, start_k, len_k, n = find_padded(cu_q, batch, seqlen_k, tile // heads_kv, BLOCK_N, NUM_WARPS)
+            start_q = start_k
+            len_q = len_k
+        else:
+            sequence, start_k, len_k, n = find_padded(cu_k, batch, seqlen_k, tile // heads_kv, BLOCK_N, NUM_WARPS)
+            start_q, len_q = sequence_bounds(cu_q, sequence, seqlen_q)
+        b = 0
+        base = (start_q // 64 + sequence) * 64
+        ok = n * BLOCK_N < len_k
+        down = True
+    else:
+        s = tile // (section * tiles)
+        r = tile - s * (section * tiles)
+        here = gl.minimum(section, batch * heads_kv - s * section)
+        n = r // here
+        unit = s * section + r % here
+        head = unit % heads_kv
+        b = unit // heads_kv
+        ok = True
+        len_q = seqlen_q
+        len_k = seqlen_k
+        start_q = 0
+        start_k = 0
+        base = 0
+        down = s % 2 == 0
+    first_key = n * BLOCK_N
+    offset = len_k - len_q
+    begin = gl.maximum(first_key - offset, 0) // 64
+    stop = len_q
+    if WINDOW:
+        stop = gl.minimum(len_q, gl.maximum(first_key + (BLOCK_N - 1) + window - offset, 0))
+    count = gl.maximum(gl.cdiv(stop, 64) - begin, 0)
+    first = begin
+    if TOGETHER:
+        first = gl.where(down, begin + count - 1, begin)
+        step = gl.where(down, -1, 1)
+    return ok, b, head, first_key, offset, len_q, len_k, start_q, start_k, base, first, count, step
+
+
+@gluon.jit
+def _next(m, g, left, first, count, step, GROUP: gl.constexpr, TOGETHER: gl.constexpr):
+    """The tile after query tile ``m`` of the group's head ``g``; left: tiles of this head that follow (not TOGETHER).
+
+    TOGETHER: all heads of a tile, then the next tile, from the end down in one section and from the beginning up in the
+    next, so that the programs of a head read and add to the same tiles at about the same time: those that start
+    together do on the way down, those that take over one by one as earlier programs end do on the way up. Else all
+    tiles of a head, then the next head.
+    """
+    if TOGETHER:
+        g += 1
+        wrap = g == GROUP
+        m = gl.where(wrap, m + step, m)
+        g = gl.where(wrap, 0, g)
+    else:
+        wrap = left == 0
+        m = gl.where(wrap, first, m + 1)
+        g = gl.where(wrap, g + 1, g)
+        left = gl.where(wrap, count - 1, left - 1)
+    return m, g, left
+
+
+@gluon.jit
+def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, cu_q, cu_k, smem, bars, work,
+               WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+               VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr):
+    """The loader of a program that holds keys: K and V once, then a ring of q, do and their rows' statistics."""
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
+    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty = bars
+    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
+    ok, b, head, first_key, offset, len_q, len_k, start_q, start_k, base, m, count, step = _key_tile(
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, WINDOW, VARLEN, TOGETHER, 1)
+    if ok:
+        mbarrier.expect(kv_ready, 2 * WARPGROUPS * k_desc.block_type.nbytes)
+        for c in gl.static_range(WARPGROUPS):
+            tma.async_copy_global_to_shared(k_desc, [b, start_k + first_key + c * 64, head, 0], kv_ready,
+                                            k_smem.index(c))
+        for c in gl.static_range(WARPGROUPS):
+            tma.async_copy_global_to_shared(v_desc, [b, start_k + first_key + c * 64, head, 0], kv_ready,
+                                            v_smem.index(c))
+        row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+        first = m
+        g = 0
+        left = count - 1
+        slot = 0
+        # A ring's first round finds its slots empty: waiting for the phase before the first one returns at once.
+        phase = 1
+        total = count * GROUP
+        at = (b * (heads_kv * GROUP) + head * GROUP) * rows + base + row
+        # one tile ahead, so that their latency hides behind the waits
+        lse2 = gl.load(Lse2 + at + m * 64, mask=row < total * 64, other=0.0)
+        delta = gl.load(Delta + at + m * 64, mask=row < total * 64, other=0.0)
+        for i in range(total):
+            head_q = head * GROUP + g
+            barrier_wait(q_empty + slot, phase)
+            mbarrier.expect(q_ready.index(slot), q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(q_desc, [b, start_q + m * 64, head_q, 0], q_ready.index(slot),
+                                            q_smem.index(slot))
+            barrier_wait(do_empty + slot, phase)
+            mbarrier.expect(do_ready.index(slot), do_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(do_desc, [b, start_q + m * 64, head_q, 0], do_ready.index(slot),
+                                            do_smem.index(slot))
+            lse_smem.index(slot).store(lse2)
+            mbarrier.arrive(q_ready.index(slot), count=1)
+            delta_smem.index(slot).store(delta)
+            mbarrier.arrive(do_ready.index(slot), count=1)
+            slot, phase = advance(slot, phase, STAGES)
+            m, g, left = _next(m, g, left, first, count, step, GROUP, TOGETHER)
+            following = at + g * rows + m * 64
+            more = row < (total - 1 - i) * 64
+            lse2 = gl.load(Lse2 + following, mask=more, other=0.0)
+            delta = gl.load(Delta + following, mask=more, other=0.0)
+    if DSinks is not None:
+        sum_sinks(Part, DSinks, slots, heads_kv * GROUP, 1)
+
+
+@gluon.jit
+def _probabilities(s, lse2, key, row, m, first_key, window, scale_log2, WINDOW: gl.constexpr):
+    """P^T of 64 keys from ``first_key`` on (in positions of queries) and query tile ``m``; key, row: (64, 1), (64,)."""
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(lse2, 0))
+    if m * 64 < first_key + 63:
+        p = up_to(p, key, gl.expand_dims(m * 64 + row, 0))
+    if WINDOW:
+        if m * 64 + 63 >= first_key + window:
+            p = above(p, key, gl.expand_dims(m * 64 - window + row, 0))
+    return p
+
+
+@gluon.jit
+def _dq_product(ds_panels, k_panels, buffer, zero, COLUMN: gl.constexpr, WARPGROUPS: gl.constexpr, D: gl.constexpr):
+    """Starts 64 columns of dQ = dS K: the sum over all warpgroups' keys."""
+    dq = zero
+    for c in gl.static_range(WARPGROUPS):
+        dq = warpgroup_mma(ds_panels.index(buffer * WARPGROUPS + c).permute((1, 0)),
+                           k_panels.index(c * (D // 64) + COLUMN), dq, use_acc=c > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _compute_keys(dk_desc, dv_desc, DK, DV, DQ, cu_q, cu_k, smem, bars, work, scale, scale_log2,
+                  INDEX: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+                  D_TRUE: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, VARLEN: gl.constexpr,
+                  WINDOW: gl.constexpr, TOGETHER: gl.constexpr, DQ_BY: gl.constexpr, ROUNDED: gl.constexpr):
+    """Warpgroup number INDEX: 64 keys, their dK and dV in registers.
+
+    DQ_BY 0: no dQ. 1: dS goes to the warpgroup of :func:`_compute_dq`. 2: these warpgroups themselves, 64 columns each,
+    one tile late, so that none waits for the other's dS. ROUNDED: dS from P as it was rounded for dV; saves registers.
+    """
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
+    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty = bars
+    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
+    dtype: gl.constexpr = k_smem.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
+    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    ok, b, head, first_key, offset, len_q, len_k, start_q, start_k, base, m, count, step = _key_tile(
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, WINDOW, VARLEN, TOGETHER, 4)
+    if ok:
+        first_key += INDEX * 64
+        k = k_smem.index(INDEX).reshape([64, D])
+        v = v_smem.index(INDEX).reshape([64, D])
+        key = gl.expand_dims(first_key - offset + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
+        row = gl.arange(0, 64, layout=ROW)
+        zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
+        dk = gl.zeros([64, D], gl.float32, D_LAYOUT)
+        dv = gl.zeros([64, D], gl.float32, D_LAYOUT)
+        first = m
+        g = 0
+        left = count - 1
+        total = count * GROUP
+        slot = 0
+        phase = 0
+        buffer = 0
+        buffer_phase = 1
+        head_rows = rows // 64  # tiles of one head
+        tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
+        if DQ_BY == 2:
+            k_panels = k_smem._reinterpret(dtype, [WARPGROUPS * (D // 64), 64, 64], PANEL)
+            ds_panels = ds_smem._reinterpret(dtype, [BUFFERS * WARPGROUPS, 64, 64], PANEL)
+            offsets = DQ.to(gl.int64) + INDEX * 16384 + scratch_offsets(S_LAYOUT, 64)
+            # a dS of zeros stands for the tile before the first
+            before = tile0 + m
+            ds_smem.index(INDEX).store(gl.zeros([64, 64], dtype, S_LAYOUT))
+            fence_async_shared()
+            barrier_arrive(ds_ready, True)
+        mbarrier.wait(kv_ready, 0)
+        if VARLEN:
+            if first_key + 64 > len_k:
+                zero_rows(k, len_k - first_key, 64, D)
+                zero_rows(v, len_k - first_key, 64, D)
+        if DQ_BY:
+            # S of the first tile; from then on each turn starts the next one's
+            mbarrier.wait(q_ready.index(0), 0, pred=total > 0)
+            if VARLEN:
+                if m * 64 + 64 > len_q:
+                    zero_rows(q_smem.index(0).reshape([64, D]), len_q - m * 64, 64, D)
+            s = warpgroup_mma(k, q_smem.index(0).reshape([64, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+        for i in range(total):
+            q = q_smem.index(slot).reshape([64, D])
+            do = do_smem.index(slot).reshape([64, D])
+            if DQ_BY:
+                mbarrier.wait(do_ready.index(slot), phase)
+                if VARLEN:
+                    if m * 64 + 64 > len_q:
+                        zero_rows(do, len_q - m * 64, 64, D)
+                dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+                p = _probabilities(s, lse_smem.index(slot).load(ROW), key, row, m, first_key - offset, window,
+                                   scale_log2, WINDOW)
+                p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
+                dv = warpgroup_mma(p16, do, dv, is_async=True)
+                dp = warpgroup_mma_wait(1, deps=[dp])
+                if ROUNDED:
+                    p = gl.convert_layout(p16, S_LAYOUT).to(gl.float32)
+                ds = (p * (dp - gl.expand_dims(delta_smem.index(slot).load(ROW), 0))).to(dtype)
+                if DQ_BY == 1:
+                    barrier_wait(ds_empty + buffer, buffer_phase)
+                    ds_smem.index(buffer * WARPGROUPS + INDEX).store(ds)
+                    fence_async_shared()
+                    barrier_arrive(ds_ready + buffer, True)
+                    buffer, buffer_phase = advance(buffer, buffer_phase, BUFFERS)
+                else:
+                    ds_smem.index(((i + 1) & 3) * WARPGROUPS + INDEX).store(ds)
+                    fence_async_shared()
+                    barrier_arrive(ds_ready + ((i + 1) & 3), True)
+                ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
+                dk = warpgroup_mma(ds, q, dk, is_async=True)
+                current = tile0 + g * head_rows + m
+                m, g, left = _next(m, g, left, first, count, step, GROUP, TOGETHER)
+                following, following_phase = advance(slot, phase, STAGES)
+                if DQ_BY == 2:
+                    barrier_wait(ds_ready + (i & 3), (i >> 2) & 1)
+                    dq = _dq_product(ds_panels, k_panels, i & 3, zero, INDEX, WARPGROUPS, D)
+                    mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
+                    dv, dk = warpgroup_mma_wait(WARPGROUPS, deps=[dv, dk])
+                else:
+                    mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
+                if VARLEN:
+                    # not after the last tile: the other warpgroup may still read that slot
+                    if (i + 1 < total) & (m * 64 + 64 > len_q):
+                        zero_rows(q_smem.index(following).reshape([64, D]), len_q - m * 64, 64, D)
+                if DQ_BY == 2:
+                    hold_half(p16)
+                    hold_half(ds)
+                s = warpgroup_mma(k, q_smem.index(following).reshape([64, D]).permute((1, 0)), zero, use_acc=False,
+                                  is_async=True)
+                if DQ_BY == 2:
+                    barrier_arrive(do_empty + slot, True)
+                    barrier_arrive(q_empty + slot, True)
+                    dq = warpgroup_mma_wait(1, deps=[dq])
+                    scratch_add(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
+                    before = current
+                else:
+                    dv, dk = warpgroup_mma_wait(1, deps=[dv, dk])
+                    hold_half(p16)
+                    hold_half(ds)
+                    barrier_arrive(do_empty + slot, True)
+                    barrier_arrive(q_empty + slot, True)
+                # not carried in flight over the back edge: ptxas would serialise all products (C7514)
+                s = warpgroup_mma_wait(0, deps=[s])
+                slot = following
+                phase = following_phase
+            else:
+                mbarrier.wait(q_ready.index(slot), phase)
+                visible = m * 64 + 63 >= first_key - offset
+                if WINDOW:
+                    visible = visible & (m * 64 < first_key - offset + 63 + window)
+                if visible:
+                    if VARLEN:
+                        if m * 64 + 64 > len_q:
+                            zero_rows(q, len_q - m * 64, 64, D)
+                    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    mbarrier.wait(do_ready.index(slot), phase)
+                    if VARLEN:
+                        if m * 64 + 64 > len_q:
+                            zero_rows(do, len_q - m * 64, 64, D)
+                    dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    s = warpgroup_mma_wait(1, deps=[s])
+                    p = _probabilities(s, lse_smem.index(slot).load(ROW), key, row, m, first_key - offset, window,
+                                       scale_log2, WINDOW)
+                    p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
+                    dv = warpgroup_mma(p16, do, dv, is_async=True)
+                    dp = warpgroup_mma_wait(1, deps=[dp])
+                    if ROUNDED:
+                        p = gl.convert_layout(p16, S_LAYOUT).to(gl.float32)
+                    ds = (p * (dp - gl.expand_dims(delta_smem.index(slot).load(ROW), 0))).to(dtype)
+                    ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
+                    dk = warpgroup_mma(ds, q, dk, is_async=True)
+                    dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+                    hold_half(p16)
+                    hold_half(ds)
+                else:
+                    # not to be handed back before it was filled: an arrival would count for the round before
+                    mbarrier.wait(do_ready.index(slot), phase)
+                barrier_arrive(do_empty + slot, True)
+                barrier_arrive(q_empty + slot, True)
+                slot, phase = advance(slot, phase, STAGES)
+                m, g, left = _next(m, g, left, first, count, step, GROUP, TOGETHER)
+        if DQ_BY == 2:
+            barrier_wait(ds_ready + (total & 3), (total >> 2) & 1)
+            dq = _dq_product(ds_panels, k_panels, total & 3, zero, INDEX, WARPGROUPS, D)
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            if total > 0:
+                scratch_add(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
+        dk *= scale
+        if VARLEN and first_key + 64 > len_k:
+            column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, D_LAYOUT)), 0)
+            out = gl.expand_dims(first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, D_LAYOUT)), 1)
+            at = ((start_k + out).to(gl.int64) * heads_kv + head) * D_TRUE + column
+            gl.store(DV + at, dv.to(dtype), mask=(out < len_k) & (column < D_TRUE))
+            gl.store(DK + at, dk.to(dtype), mask=(out < len_k) & (column < D_TRUE))
+        else:
+            # V of this warpgroup is read by nobody else: dV, then dK, leave through its place
+            v.store(dv.to(dtype))
+            fence_async_shared()
+            gl.thread_barrier()
+            store_bulk(dv_desc, [b, start_k + first_key, head, 0], v_smem.index(INDEX))
+            tma.store_wait(0)
+            gl.thread_barrier()
+            v.store(dk.to(dtype))
+            fence_async_shared()
+            gl.thread_barrier()
+            store_bulk(dk_desc, [b, start_k + first_key, head, 0], v_smem.index(INDEX))
+            tma.store_wait(0)
+
+
+@gluon.jit
+def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+                BUFFERS: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr):
+    """The warpgroup that multiplies the others' dS by K and adds the product to scratch."""
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
+    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty = bars
+    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
+    dtype: gl.constexpr = k_smem.dtype
+    Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    ok, b, head, first_key, offset, len_q, len_k, start_q, start_k, base, m, count, step = _key_tile(
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, WINDOW, VARLEN, TOGETHER, 4)
+    if ok:
+        k_panels = k_smem._reinterpret(dtype, [WARPGROUPS * (D // 64), 64, 64], PANEL)
+        ds_panels = ds_smem._reinterpret(dtype, [BUFFERS * WARPGROUPS, 64, 64], PANEL)
+        offsets = DQ.to(gl.int64) + scratch_offsets(Q_LAYOUT, 64)
+        zero = gl.zeros([64, 64], gl.float32, Q_LAYOUT)
+        head_rows = rows // 64
+        tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
+        first = m
+        g = 0
+        left = count - 1
+        buffer = 0
+        phase = 0
+        mbarrier.wait(kv_ready, 0)
+        for _ in range(count * GROUP):
+            barrier_wait(ds_ready + buffer, phase)
+            dq = _dq_product(ds_panels, k_panels, buffer, zero, 0, WARPGROUPS, D)
+            pointer = offsets + (tile0 + g * head_rows + m).to(gl.int64) * 16384
+            m, g, left = _next(m, g, left, first, count, step, GROUP, TOGETHER)
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            barrier_arrive(ds_empty + buffer, True)
+            scratch_add(pointer, dq)
+            buffer, phase = advance(buffer, phase, BUFFERS)
+
+
+@gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "rows", "tiles", "section", "window",
+                              "slots"])
+def hopper_bwd_keys_kernel(
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, DK, DV, DQ, Lse2, Delta, Part, DSinks, CuSeqlensQ, CuSeqlensK,
+    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, slots, scale, scale_log2,
+    GROUP: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr, DQ_BY: gl.constexpr,
+    ROUNDED: gl.constexpr, REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+):
+    """One program per 64 * WARPGROUPS keys of a key head.
+
+    *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64, 1, D); a packed batch is one long
+    sequence. DK, DV: the same memory as dk_desc, dv_desc, contiguous. DQ: float32 scratch of zeros, tiles of 64 x 64
+    (see scratch_offsets) [batch, head, row / 64, column / 64]. Lse2, Delta: float32 (batch, heads_q, rows), a packed
+    batch (heads_q, rows) with sequence i from row (start_i // 64 + i) * 64 on; +inf and 0 beyond a sequence.
+    Part, DSinks: where given, the programs sum each head's ``slots`` parts.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    k_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS] + k_desc.block_type.shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS] + v_desc.block_type.shape, v_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
+    do_smem = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_type.shape, do_desc.layout)
+    ds_smem = q_smem
+    if DQ_BY:
+        ds_smem = gl.allocate_shared_memory(dtype, [BUFFERS * WARPGROUPS, 64, 64], PANEL)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], FLAT)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], FLAT)
+    # Who arrives, how often, who waits for which parity; round r of a slot is its r-th use, from 0.
+    # kv_ready: the loader once, and the bytes of all K and V; every warpgroup waits for parity 0.
+    # q_ready, do_ready: the loader twice (with the bytes it expects, and once the rows' statistics are stored); the
+    #   warpgroups with keys wait for parity r % 2.
+    # q_empty, do_empty: each warp of those warpgroups once, when its product that reads the slot has ended; the loader
+    #   waits, before it fills the slot for round r, for parity (r + 1) % 2: at round 0 the one before the first, which
+    #   is passed at once.
+    # ds_ready: each warp of the warpgroups with keys once, when its part of dS is stored; who multiplies it waits for
+    #   parity r % 2. ds_empty (DQ_BY 1): each warp of the dQ warpgroup once, when that product has ended; the
+    #   warpgroups with keys wait for parity (r + 1) % 2. With DQ_BY 2 nobody waits to overwrite: what is written at
+    #   turn i was read at turn i - 3, which the other warpgroup had behind it when it stored its dS of turn i - 2; and
+    #   for that its arrival was waited for at turn i - 1.
+    kv_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    barriers_declare(rows)
+    q_empty = 0
+    do_empty = q_empty + STAGES
+    ds_ready = do_empty + STAGES
+    ds_empty = ds_ready + BUFFERS
+    mbarrier.init(kv_ready, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_ready.index(i), count=2)
+        mbarrier.init(do_ready.index(i), count=2)
+        barrier_init(q_empty + i, 4 * WARPGROUPS)
+        barrier_init(do_empty + i, 4 * WARPGROUPS)
+    for i in gl.static_range(BUFFERS):
+        barrier_init(ds_ready + i, 4 * WARPGROUPS)
+        barrier_init(ds_empty + i, 4)
+    fence_async_shared()
+    gl.thread_barrier()
+    smem = (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem)
+    bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty)
+    work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
+    if DQ_BY == 1:
+        gl.warp_specialize([
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ROUNDED)),
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 1, WARPGROUPS, GROUP, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ROUNDED)),
+            (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, D, BUFFERS, VARLEN,
+              WINDOW, TOGETHER)),
+            (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
+              smem, bars, work, WARPGROUPS, GROUP, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+        ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, LOADER_REGISTERS])
+    elif WARPGROUPS == 1:
+        gl.warp_specialize([
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ROUNDED)),
+            (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
+              smem, bars, work, WARPGROUPS, GROUP, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+        ], [1], [LOADER_REGISTERS])
+    elif WARPGROUPS == 2:
+        gl.warp_specialize([
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ROUNDED)),
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 1, WARPGROUPS, GROUP, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ROUNDED)),
+            (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
+              smem, bars, work, WARPGROUPS, GROUP, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+        ], [4, 1], [REGISTERS, LOADER_REGISTERS])

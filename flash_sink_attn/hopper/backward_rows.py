@@ -1,0 +1,157 @@
+"""The Hopper backward in plain Triton: what comes before and after the kernels of the matrix products."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _find(cu_seqlens, batch, total, tile, block):
+    """As backward_common.find_padded."""
+    count = 0
+    for first in range(0, batch, 128):
+        index = first + tl.arange(0, 128)
+        start = tl.load(cu_seqlens + index, mask=index < batch, other=0)
+        start = tl.minimum(tl.maximum(start, 0), total)
+        count += tl.sum(((index < batch) & (start // block + index <= tile)).to(tl.int32), 0)
+    sequence = tl.maximum(count - 1, 0)
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), total)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1), start), total)
+    return sequence, start, end - start, tile - start // block - sequence
+
+
+@triton.jit(do_not_specialize=["batch", "seqlen", "heads", "tiles"])
+def hopper_bwd_rows_kernel(
+    O, DO, Lse, DLse, Sinks, Lse2, Delta, Part, DQ, CuSeqlens, stride_b, stride_t, stride_h, batch, seqlen, heads,
+    tiles,
+    D: tl.constexpr, D_TRUE: tl.constexpr, VARLEN: tl.constexpr,
+):
+    """Statistics of 64 rows of a head, their part of its sink's gradient, and zeros for their dQ.
+
+    tiles: of a sequence, of a packed batch the number of slots. Strides of DO, in elements.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    tile = pid % tiles
+    unit = pid // tiles
+    h = unit % heads
+    b = unit // heads
+    length = seqlen
+    start = 0
+    t = tile
+    if VARLEN:
+        sequence, start, length, t = _find(CuSeqlens, batch, seqlen, tile, 64)
+    row = t * 64 + tl.arange(0, 64)
+    inside = (row < length) & (row >= 0)
+    column = tl.arange(0, D)
+    whole = inside[:, None] & (column < D_TRUE)[None, :]
+    o_at = (((b * seqlen + start + row) * heads + h) * D_TRUE)[:, None] + column[None, :]
+    do_at = (b * stride_b + (start + row) * stride_t + h * stride_h)[:, None] + column[None, :]
+    o = tl.load(O + o_at, mask=whole, other=0.0)
+    do = tl.load(DO + do_at, mask=whole, other=0.0)
+    tl.store(DQ + pid * (64 * D) + tl.arange(0, 64 * D), tl.zeros([64 * D], tl.float32))
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    at = unit * seqlen + start + row
+    lse2 = tl.load(Lse + at, mask=inside, other=float("inf")) * 1.4426950408889634
+    lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
+    if DLse is not None:
+        delta -= tl.load(DLse + at, mask=inside, other=0.0)
+    tl.store(Delta + pid * 64 + tl.arange(0, 64), delta)
+    tl.store(Lse2 + pid * 64 + tl.arange(0, 64), lse2)
+    if Part is not None:
+        sink = tl.load(Sinks + h).to(tl.float32) * 1.4426950408889634
+        slots = batch * tiles
+        if VARLEN:
+            slots = tiles
+        tl.store(Part + h * slots + b * tiles + tile, -tl.sum(tl.math.exp2(sink - lse2) * delta, 0))
+
+
+@triton.jit
+def _sum_parts(Part, DSinks, h, slots):
+    x = tl.zeros([128], tl.float32)
+    for first in range(0, slots, 128):
+        i = first + tl.arange(0, 128)
+        x += tl.load(Part + h * slots + i, mask=i < slots, other=0.0)
+    tl.store(DSinks + h, tl.sum(x, 0))
+
+
+@triton.jit
+def _ordered(x, COLUMNS: tl.constexpr):
+    """A scratch tile as (64, COLUMNS)."""
+    x = tl.reshape(x, [COLUMNS // 8, 4, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(x, (1, 4, 2, 0, 3, 5)), [64, COLUMNS])
+
+
+@triton.jit(do_not_specialize=["batch", "seqlen", "heads", "tiles", "slots"])
+def hopper_bwd_round_kernel(
+    Scratch, DQ, Part, DSinks, CuSeqlens, batch, seqlen, heads, tiles, slots, scale,
+    D: tl.constexpr, D_TRUE: tl.constexpr, VARLEN: tl.constexpr,
+):
+    """dQ from scratch, 64 rows of a head, times the softmax scale; a head's first program sums its sink's parts."""
+    pid = tl.program_id(0).to(tl.int64)
+    tile = pid % tiles
+    unit = pid // tiles
+    h = unit % heads
+    b = unit // heads
+    if Part is not None:
+        if (tile == 0) & (b == 0):
+            _sum_parts(Part, DSinks, h, slots)
+    length = seqlen
+    start = 0
+    t = tile
+    if VARLEN:
+        sequence, start, length, t = _find(CuSeqlens, batch, seqlen, tile, 64)
+    row = t * 64 + tl.arange(0, 64)
+    to = ((b * seqlen + start + row) * heads + h) * D_TRUE
+    for c in tl.static_range(D // 64):
+        x = tl.load(Scratch + pid * (64 * D) + c * 4096 + tl.arange(0, 4096))
+        x = _ordered((x * scale).to(DQ.dtype.element_ty), 64)
+        column = c * 64 + tl.arange(0, 64)
+        inside = ((row < length) & (row >= 0))[:, None] & (column < D_TRUE)[None, :]
+        tl.store(DQ + to[:, None] + column[None, :], x, mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch", "seqlen", "heads_kv", "heads_q", "rows", "run", "runs", "slots"])
+def hopper_bwd_join_kernel(
+    Shared, DK, DV, Part, DSinks, CuSeqlens, batch, seqlen, heads_kv, heads_q, rows, run, runs, slots, scale,
+    D: tl.constexpr, VARLEN: tl.constexpr,
+):
+    """dK or dV of one of the two blocks before a run, which that one and the run before have a part of; then the sinks.
+
+    runs: of a sequence, of a packed batch the number of slots.
+    """
+    pid = tl.program_id(0)
+    blocks = runs * 4 * heads_kv
+    if not VARLEN:
+        blocks = (runs - 1) * 4 * heads_kv * batch
+    if pid >= blocks:
+        if Part is not None:
+            _sum_parts(Part, DSinks, (pid - blocks).to(tl.int64), slots)
+    else:
+        head = pid % heads_kv
+        rest = pid // heads_kv
+        which = rest % 2
+        e = (rest // 2) % 2
+        number = rest // 4
+        start = 0
+        length = seqlen
+        b = 0
+        if VARLEN:
+            sequence, start, length, r = _find(CuSeqlens, batch, seqlen, number, 64 * run)
+            base = start // 64 + sequence
+        else:
+            r = number % (runs - 1) + 1
+            b = number // (runs - 1)
+            base = b * (rows // 64)
+        if (r > 0) & (r * run * 64 < length):
+            block = r * run - 2 + e
+            at = ((base + block) * heads_kv + head).to(tl.int64) * (4 * 64 * D) + which * (64 * D)
+            x = tl.arange(0, 64 * D)
+            total = tl.load(Shared + at + x) + tl.load(Shared + at + 2 * 64 * D + x)
+            total = _ordered(tl.where(which == 0, total * scale, total).to(DK.dtype.element_ty), D)
+            row = block * 64 + tl.arange(0, 64)
+            to = ((b * seqlen + start + row).to(tl.int64) * heads_kv + head)[:, None] * D + tl.arange(0, D)[None, :]
+            if which == 0:
+                tl.store(DK + to, total, mask=(row < length)[:, None])
+            else:
+                tl.store(DV + to, total, mask=(row < length)[:, None])

@@ -1,0 +1,232 @@
+"""From tensors to the launches of the Hopper backward: workspaces, descriptors, grids. Arguments are taken as valid."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+
+from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperBwdForm
+from flash_sink_attn.hopper.backward_keys import hopper_bwd_keys_kernel
+from flash_sink_attn.hopper.backward_queries import hopper_bwd_queries_kernel
+from flash_sink_attn.hopper.backward_rows import (
+    hopper_bwd_join_kernel,
+    hopper_bwd_round_kernel,
+    hopper_bwd_rows_kernel,
+)
+from flash_sink_attn.hopper.backward_slide import hopper_bwd_slide_kernel
+from flash_sink_attn.hopper.descriptors import describe
+from flash_sink_attn.launcher import launch, workspace
+from flash_sink_attn.layout import LOG2E, Sequences
+
+# (batch, key head) pairs whose tiles go together where programs recompute: their tensors fit L2 many times over.
+_SECTION = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A backward: its tensors, all there, and what every launch needs to know of its shape.
+
+    Attributes:
+        tiles: of 64 query rows in a sequence, of a packed batch the number of slots for them (see find_padded).
+        rows: of a head in the statistics.
+        slots: parts of a sink's gradient.
+        units: (batch, key head) pairs; of a packed batch key heads.
+        lse2, delta: the statistics, float32 (units * group * rows,).
+        parts: of the sinks' gradients, float32 (heads_q * slots,), None where they have none.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sinks: torch.Tensor | None
+    o: torch.Tensor
+    lse: torch.Tensor
+    do: torch.Tensor
+    dlse: torch.Tensor | None
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+    dsinks: torch.Tensor | None
+    sequences: Sequences
+    window: int
+    scale: float
+    config: HopperBwdConfig
+    parts: torch.Tensor | None
+    lse2: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
+
+    @property
+    def heads_kv(self) -> int:
+        return self.k.shape[-2]
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[-2] // self.k.shape[-2]
+
+    @property
+    def width(self) -> int:
+        """Of a tile: the head dim and what the copy engine fills up."""
+        return 64 if self.q.shape[-1] <= 64 else 128
+
+    @property
+    def tiles(self) -> int:
+        return _slots(self.sequences, self.sequences.seqlen_q, 64)
+
+    @property
+    def rows(self) -> int:
+        return self.tiles * 64
+
+    @property
+    def slots(self) -> int:
+        return self.tiles * (1 if self.sequences.varlen else self.sequences.batch)
+
+    @property
+    def units(self) -> int:
+        return self.heads_kv * (1 if self.sequences.varlen else self.sequences.batch)
+
+    def described(self, x: torch.Tensor) -> Any:
+        return describe(x, 64, self.width)
+
+
+def _slots(sequences: Sequences, length: int, block: int) -> int:
+    """Tiles of one sequence, or of a packed batch the slots for all: sequence i's begin at start_i // block + i."""
+    return length // block + sequences.batch if sequences.varlen else -(-length // block)
+
+
+def backward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor,
+    do: torch.Tensor, dlse: torch.Tensor | None, dq: torch.Tensor | None, dk: torch.Tensor | None,
+    dv: torch.Tensor | None, dsinks: torch.Tensor | None, *, sequences: Sequences, window: int | None, scale: float,
+    config: HopperBwdConfig, deterministic: bool,
+) -> Any:
+    """Write the gradients that are given (contiguous). Returns the compiled main kernel.
+
+    Gradients that nobody wants are made all the same and thrown away. ``deterministic`` comes only with a
+    configuration that gives the same bits each time.
+    """
+    assert config.reproducible or not deterministic
+    if config.FORM == HopperBwdForm.SLIDE and not _slides(sequences, window):
+        config = config.recomputing()
+
+    def made(gradient: torch.Tensor | None, of: torch.Tensor) -> torch.Tensor:
+        return workspace(of.shape, of.dtype, of.device) if gradient is None else gradient
+
+    call = _Call(q, k, v, sinks, o, lse, do, dlse, made(dq, q), made(dk, k), made(dv, v), dsinks, sequences,
+                 window or 0, scale, config, None)
+    if dsinks is not None:
+        # of a packed batch not every slot has a tile; where nobody goes through the slots, zeros must be there
+        zero = config.FORM == HopperBwdForm.SLIDE and sequences.varlen
+        parts = workspace((q.shape[-2] * call.slots,), torch.float32, q.device, zero=zero)
+        call = dataclasses.replace(call, parts=parts)
+    if config.FORM == HopperBwdForm.SLIDE:
+        return _slide(call)
+    statistics = (call.units * call.group * call.rows,)
+    call = dataclasses.replace(call, lse2=workspace(statistics, torch.float32, q.device),
+                               delta=workspace(statistics, torch.float32, q.device))
+    return _accumulate(call) if config.FORM == HopperBwdForm.ACCUMULATE else _recompute(call)
+
+
+def _slides(sequences: Sequences, window: int | None) -> bool:
+    """Whether a tile of 64 rows sees at most three blocks of keys, which begin where tiles do."""
+    same = sequences.seqlen_q == sequences.seqlen_k and sequences.cu_seqlens_k is None
+    return same and window is not None and window <= HOPPER_SLIDE_WINDOW
+
+
+# ------------------------------------------------------------------------------------------------------- three forms
+
+
+def _accumulate(call: _Call) -> Any:
+    """Statistics and zeros, then dK and dV with dQ added up in float32, then dQ in the tensor's own type."""
+    c, device = call, call.q.device
+    scratch = workspace((c.slots * c.q.shape[-2] * 64 * c.width,), torch.float32, device)
+    heads, common = c.q.shape[-2], {"D": c.width, "D_TRUE": c.q.shape[-1], "VARLEN": c.sequences.varlen}
+    strides = c.do.stride()[:3] if c.do.dim() == 4 else (0, *c.do.stride()[:2])
+    cu_q = c.sequences.cu_seqlens_q
+    launch(hopper_bwd_rows_kernel, c.slots * heads, device, [
+        c.o, c.do, c.lse, c.dlse, c.sinks, c.lse2, c.delta, c.parts, scratch, cu_q, *strides, c.sequences.batch,
+        c.sequences.seqlen_q, heads, c.tiles,
+    ], common, num_warps=4 if c.width == 64 else 8)
+    compiled = _keys(c, scratch)
+    launch(hopper_bwd_round_kernel, c.slots * heads, device, [
+        scratch, c.dq, c.parts, c.dsinks, cu_q, c.sequences.batch, c.sequences.seqlen_q, heads, c.tiles, c.slots,
+        c.scale,
+    ], common, num_warps=4)
+    return compiled
+
+
+def _recompute(call: _Call) -> Any:
+    """dQ and the statistics, then dK and dV, each from products of their own."""
+    c, device = call, call.q.device
+    warpgroups = c.config.BLOCK_M // 64
+    registers, maxnreg = (240, 168) if warpgroups == 2 else (0, 80 if c.width == 64 else 128)
+    launch(hopper_bwd_queries_kernel, c.tiles * c.units, device, [
+        *map(c.described, (c.q, c.k, c.v, c.o, c.do, c.dq)), c.dq, c.dlse, c.lse, c.sinks, c.lse2, c.delta, c.parts,
+        c.sequences.cu_seqlens_q, c.sequences.cu_seqlens_k, c.sequences.batch, c.sequences.seqlen_q,
+        c.sequences.seqlen_k, c.heads_kv, c.rows, c.tiles, min(c.units, _SECTION), c.window, c.slots, c.scale,
+        c.scale * LOG2E,
+    ], {
+        "GROUP": c.group, "D": c.width, "D_TRUE": c.q.shape[-1], "WARPGROUPS": warpgroups, "BLOCK_N": 64, "STAGES": 2,
+        "Q_STAGES": 1, "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "REGISTERS": registers,
+        "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
+    }, num_warps=4, maxnreg=maxnreg)
+    return _keys(c, None)
+
+
+def _keys(call: _Call, scratch: torch.Tensor | None) -> Any:
+    """dK and dV, and with ``scratch`` dQ; without it the sinks' gradients, whose parts the launch before wrote."""
+    c, config = call, call.config
+    warpgroups = config.BLOCK_N // 64
+    tiles = _slots(c.sequences, c.sequences.seqlen_k, config.BLOCK_N)
+    accumulates = scratch is not None
+    section = max(1, _multiprocessors(c.q.device) // tiles) if accumulates else _SECTION
+    registers, dq_registers, maxnreg = {
+        (True, 64): (200, 88, 128), (True, 128): (240, 0, 168)}.get((accumulates, c.width), (0, 0, 128))
+    if not accumulates and warpgroups == 2:
+        registers, maxnreg = 240, 168
+    return launch(hopper_bwd_keys_kernel, tiles * c.units, c.q.device, [
+        *map(c.described, (c.q, c.k, c.v, c.do, c.dk, c.dv)), c.dk, c.dv, scratch, c.lse2, c.delta,
+        *((None, None) if accumulates else (c.parts, c.dsinks)), c.sequences.cu_seqlens_q, c.sequences.cu_seqlens_k,
+        c.sequences.batch, c.sequences.seqlen_q, c.sequences.seqlen_k, c.heads_kv, c.rows, tiles,
+        min(c.units, section), c.window, c.slots, c.scale, c.scale * LOG2E,
+    ], {
+        "GROUP": c.group, "D": c.width, "D_TRUE": c.q.shape[-1], "WARPGROUPS": warpgroups,
+        "STAGES": config.num_stages, "BUFFERS": config.buffers(c.width), "VARLEN": c.sequences.varlen,
+        "WINDOW": c.window > 0, "TOGETHER": accumulates,
+        "DQ_BY": (1 if c.width == 64 else 2) if accumulates else 0, "ROUNDED": not accumulates or c.width > 64,
+        "REGISTERS": registers, "DQ_REGISTERS": dq_registers, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
+    }, num_warps=4, maxnreg=config.maxnreg or maxnreg)
+
+
+def _slide(call: _Call) -> Any:
+    """All gradients in one kernel, but for the blocks of keys that two of its programs see."""
+    c, device = call, call.q.device
+    # one program per multiprocessor; of two tiles at least, so that no block is shared by three
+    run = max(2, -(-c.slots * c.heads_kv // _multiprocessors(device)))
+    runs = _slots(c.sequences, c.sequences.seqlen_q, 64 * run)
+    varlen = c.sequences.varlen
+    cu_q = c.sequences.cu_seqlens_q
+    shared = workspace((c.slots * c.heads_kv * 4 * 64 * c.width,), torch.float32, device)
+    compiled = launch(hopper_bwd_slide_kernel, runs * c.units, device, [
+        *map(c.described, (c.q, c.k, c.v, c.o, c.do, c.dq, c.dk, c.dv)), c.dq, c.dk, c.dv, c.dlse, c.lse, c.sinks,
+        c.parts, shared, cu_q, c.sequences.batch, c.sequences.seqlen_q, c.heads_kv, c.rows, c.window, run, c.slots,
+        c.scale, c.scale * LOG2E,
+    ], {
+        "GROUP": c.group, "D": c.width, "STAGES": c.config.num_stages, "BUFFERS": c.config.buffers(c.width),
+        "VARLEN": varlen, "REGISTERS": 160, "LOADER_REGISTERS": 32,
+    }, num_warps=4, maxnreg=128)
+    blocks = runs * 4 * c.heads_kv if varlen else (runs - 1) * 4 * c.units
+    heads = c.q.shape[-2]
+    launch(hopper_bwd_join_kernel, blocks + (0 if c.parts is None else heads), device, [
+        shared, c.dk, c.dv, c.parts, c.dsinks, cu_q, c.sequences.batch, c.sequences.seqlen_q, c.heads_kv, heads,
+        c.rows, run, runs, c.slots, c.scale,
+    ], {"D": c.width, "VARLEN": varlen}, num_warps=4)
+    return compiled
+
+
+@functools.lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    # without a card: of an H100, as good as any to compile for
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
