@@ -409,6 +409,10 @@ def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
         1 << (shape.head_dim_v - 1).bit_length())
     if c.SHARE_Q and first != dv:
         return f"SHARE_Q needs a q tile as wide as the output's, got {first} and {dv}"
+    # what the assembler asks for one matrix instruction, before the warpgroups divide the registers anew (C7602)
+    single = max(dv // 2 + 30, c.BLOCK_N // 2 + 26)
+    if single > c.registers_per_thread:
+        return f"a matrix instruction needs {single} registers per thread, {c.registers_per_thread} are available"
     # fp32 accumulators of S and O, and two tiles of P in half precision, one being read, one being made
     needed, available = (dv + c.BLOCK_N) // 2 + c.BLOCK_N // 4, c.warpgroup_registers
     if needed + 16 > available:

@@ -50,7 +50,7 @@ from sweeps.predict import history, machine_of, predict
 from sweeps.registry import load
 from sweeps.replay import replay_text
 from sweeps.report import write_report
-from sweeps.reporting_commands import compare_command, report_command
+from sweeps.reporting_commands import board_command, compare_command, report_command
 from sweeps.runner import Phase, RunError, RunSummary
 from sweeps.runner import run as run_trials
 from sweeps.search import Search, exhaustive_line, from_exhaustive, read_records, write_record
@@ -209,6 +209,7 @@ def doctor() -> None:
 
 
 app.command("report")(report_command)
+app.command("board")(board_command)
 app.command("compare")(compare_command)
 
 

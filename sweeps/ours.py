@@ -218,11 +218,20 @@ class Hopper(Ours):
         if case.pass_ == "bwd":
             return [HopperBwdConfig(m, n, s, FORM=form).to_dict() for m, n, s, form in itertools.product(
                 (64, 128), (64, 128), (1, 2), (0, 1) if case.window else (0,))]
+        found = []
         if case.window:
-            pack = (False, True) if case.heads_q > case.heads_kv else (False,)
-            return [HopperFwdConfig(m, 64, PACK_GQA=p, PROGRAMS_PER_SM=programs).to_dict()
-                    for m, p, programs in itertools.product((64, 128), pack, (0, 2, 3))]
-        return [HopperFwdConfig(m, n).to_dict() for m, n in itertools.product((128, 192), (64, 128))]
+            small = case.head_dim <= 64
+            programs, registers = (3, 80) if small else (2, None)
+            found = [HopperFwdConfig(64, 64, stages, q_stages, heads, SHARE_Q=share, PROGRAMS_PER_SM=programs,
+                                     maxnreg=registers)
+                     for stages, q_stages in ((2, 1), (3, 2)) for heads in (0, 2, 4)
+                     for share in ((False,) if small else (False, True))]
+            found += [HopperFwdConfig(128, 64, 5, 2, 4, SHARE_Q=True, PROGRAMS_PER_SM=1)]
+        if not case.window or case.window >= 1024:
+            found += [HopperFwdConfig(m, n, stages, SHARE_Q=share, PROGRAMS_PER_SM=1)
+                      for m, n, stages in ((192, 128, 2), (192, 128, 3), (256, 64, 4), (128, 128, 2), (128, 64, 2))
+                      for share in (False, True)]
+        return [config.to_dict() for config in found]
 
 
 def shape_key(case: Case) -> ShapeKey:

@@ -1,4 +1,4 @@
-"""The commands that read runs and write about them: ``python -m sweeps report`` and ``python -m sweeps compare``."""
+"""The commands that read runs and write about them: ``python -m sweeps report``, ``board`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import typer
 from rich.markup import escape
 
 from sweeps.beside import write_beside
+from sweeps.board import board_markdown, boards
 from sweeps.compare import OURS, SAME_WITHIN, CompareError, FailOn, compare
 from sweeps.compare_text import comparison_markdown, comparison_table, control_line, headline
 from sweeps.console import make_console
 from sweeps.report import write_report
-from sweeps.store import StoreError
+from sweeps.select import select_run
+from sweeps.store import StoreError, read_environment
 
 BROKEN, REFUSED = 1, 2
 BESIDE = "beside.html"
@@ -46,6 +48,17 @@ def report_command(
             typer.echo(missing)
     except (StoreError, OSError) as error:
         _fail(BROKEN, str(error))
+
+
+def board_command(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+) -> None:
+    """Ours against the fastest peer of a run in Markdown: a ratio per case, their geometric mean, the worst one."""
+    try:
+        found = boards(select_run(run_dir).on(read_environment(run_dir)["gpu"]))
+    except (StoreError, OSError) as error:
+        _fail(BROKEN, str(error))
+    typer.echo("\n\n".join(map(board_markdown, found)) or "No case of ours was tried.")
 
 
 def compare_command(

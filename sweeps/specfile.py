@@ -13,6 +13,7 @@ from sweeps.spec import SweepSpec
 
 # Sections that a group may repeat: an override outranks the file, so it replaces what the groups say, too.
 _REPEATED = ("shapes", "passes", "tunables", "implementations")
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 class SpecError(ValueError):
@@ -22,14 +23,16 @@ class SpecError(ValueError):
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = self.construct_object(key_node, deep=True) if key_node.tag != _MERGE else _MERGE
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
+        # with what "<<" brought before the mapping's own keys, which outrank it
+        node.value = list({self.construct_object(key, deep=True): (key, value) for key, value in node.value}.values())
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:

@@ -304,21 +304,35 @@ def workload_board(selection: Selection) -> str:
              and r.case.seqlen_k == r.case.seqlen_q and r.case.head_dim_v == r.case.head_dim]
     if not found:
         return ""
-    impls = [i for i in impl_order(row["impl"] for _, r in found for row in r.rows)
-             if any(i in fastest_of_each(r) for _, r in found)]
+    impls = timed_impls([r for _, r in found])
     rows, marked = [], False
     for name, r in found:
-        values = fastest_of_each(r)
-        top = min((m.latency_ms for m in values.values() if m.row.get("applies_sink")), default=None)
-        cells = []
-        for impl in impls:
-            m = values.get(impl)
-            no_sink = m is not None and not m.row.get("applies_sink")
-            marked |= no_sink
-            cell = _cell(r, impl, m.latency_ms if m else None, None if no_sink else top)
-            cells.append(cell + "*" if no_sink else cell)
+        cells, no_sink = time_cells(r, impls)
+        marked |= no_sink
         rows.append([name, r.case.pass_, DTYPE_SHORT[r.case.dtype], *cells, times(r.speedup(r.best_peer)),
-                     r.best.label if r.best else NONE])
+                     with_impl(r.best) if r.best else NONE])
     table = markdown(["workload", "pass", "dtype", *impls, "best peer / ours", "our config"], rows, text_columns=3)
-    note = "\n\n\\* without the sink, which this peer does not apply." if marked else ""
+    note = NO_SINK if marked else ""
     return f"Device time in ms, batch 1; the fastest that applies the sink is bold.\n\n{table}{note}"
+
+
+NO_SINK = "\n\n\\* without the sink, which this peer does not apply."
+
+
+def timed_impls(results: Sequence[CaseResult]) -> list[str]:
+    """The implementations that have a time in one of the results, in their usual order."""
+    return [i for i in impl_order(row["impl"] for r in results for row in r.rows)
+            if any(i in fastest_of_each(r) for r in results)]
+
+
+def time_cells(result: CaseResult, impls: Sequence[str]) -> tuple[list[str], bool]:
+    """Every implementation's time, bold the fastest that applies the sink; whether one is marked that does not."""
+    values, marked, cells = fastest_of_each(result), False, []
+    top = min((m.latency_ms for m in values.values() if m.row.get("applies_sink")), default=None)
+    for impl in impls:
+        m = values.get(impl)
+        no_sink = m is not None and not m.row.get("applies_sink")
+        marked |= no_sink
+        cell = _cell(result, impl, m.latency_ms if m else None, None if no_sink else top)
+        cells.append(cell + "*" if no_sink else cell)
+    return cells, marked

@@ -34,8 +34,9 @@ tile_configs = st.builds(
     num_warps=st.sampled_from(NUM_WARPS), num_stages=st.integers(1, 8), PACK_GQA=st.booleans(),
     SPLIT_LOOPS=st.booleans(), maxnreg=st.none() | st.integers(24, 255), TMA=st.booleans())
 hopper_fwd_configs = st.builds(
-    HopperFwdConfig, BLOCK_M=st.sampled_from((64, 128, 192)), BLOCK_N=st.sampled_from((32, 64, 128, 256)),
-    num_stages=st.integers(1, 8), PACK_GQA=st.booleans(), PROGRAMS_PER_SM=st.integers(0, 4),
+    HopperFwdConfig, BLOCK_M=st.sampled_from((64, 128, 192, 256)), BLOCK_N=st.sampled_from((32, 64, 128, 256)),
+    num_stages=st.integers(1, 8), Q_STAGES=st.integers(1, 4), HEADS=st.integers(0, 4), SPLIT_LOOPS=st.booleans(),
+    SHARE_Q=st.booleans(), PROGRAMS_PER_SM=st.integers(0, 4),
     maxnreg=st.none() | st.integers(24, 255))
 hopper_bwd_configs = st.builds(
     HopperBwdConfig, BLOCK_M=st.sampled_from((64, 128)), BLOCK_N=st.sampled_from((64, 128)),
@@ -161,13 +162,38 @@ def test_the_rule_for_the_hopper_kernels() -> None:
         assert "expected a Hopper" in str(reason(TILE, kernel))
         assert "num_stages" in str(reason(dataclasses.replace(config, num_stages=0), kernel))
         assert "maxnreg" in str(reason(dataclasses.replace(config, maxnreg=300), kernel))
-    packed = HopperFwdConfig(128, 64, PACK_GQA=True)
-    assert reason(packed, "hopper_fwd") is None and "without a head group" in str(reason(packed, "hopper_fwd", group=1))
+
+
+@pytest.mark.parametrize(("config", "shape", "said"), [
+    (HopperFwdConfig(128, 64, HEADS=4), {"group": 8}, None),
+    (HopperFwdConfig(128, 64, HEADS=4), {"group": 7}, None),  # the last of the seven has a warpgroup beside it idle
+    (HopperFwdConfig(128, 64, HEADS=4), {"group": 6}, "HEADS must be from 0 to 3"),
+    (HopperFwdConfig(64, 64, HEADS=2), {"group": 1}, "HEADS must be from 0 to 1"),
+    (HopperFwdConfig(64, 64, HEADS=-1), {}, "HEADS must be"),
+    (HopperFwdConfig(64, 256), {}, "BLOCK_N must be"), (HopperFwdConfig(320, 64), {}, "BLOCK_M must be"),
+    (HopperFwdConfig(64, 64, Q_STAGES=5), {}, "Q_STAGES must be"),
+    (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=9), {}, "PROGRAMS_PER_SM must be"),
+    (HopperFwdConfig(192, 128, 3), {}, None), (HopperFwdConfig(192, 128, 3), {"head_dim": 128}, "accumulators need"),
+    (HopperFwdConfig(64, 64, maxnreg=64), {"head_dim": 64}, None),
+    (HopperFwdConfig(64, 64, maxnreg=56), {}, "a matrix instruction needs 62 registers per thread, 56 are"),
+    (HopperFwdConfig(64, 128, maxnreg=88), {}, "a matrix instruction needs 90"),
+    (HopperFwdConfig(64, 32, maxnreg=88), {"head_dim": 128}, "a matrix instruction needs 94"),
+    (HopperFwdConfig(64, 32), {"head_dim": 256}, "a matrix instruction needs 158 registers per thread, 128 are"),
+    (HopperFwdConfig(128, 128, 2), {"head_dim": 128}, None),
+    (HopperFwdConfig(128, 128, 3), {"head_dim": 128}, "bytes of shared memory"),
+    (HopperFwdConfig(128, 64, 2, SHARE_Q=True), {"head_dim": 256}, None),
+    (HopperFwdConfig(128, 64, 2), {"head_dim": 256}, "bytes of shared memory"),
+    (HopperFwdConfig(64, 64, SHARE_Q=True), {"head_dim": 192, "head_dim_v": 128}, None),
+    (HopperFwdConfig(64, 64, SHARE_Q=True), {"head_dim": 96}, "as wide as the output's, got 64 and 128"),
+])
+def test_the_rule_for_the_hopper_forward(config: HopperFwdConfig, shape: dict[str, int], said: str | None) -> None:
+    found = reason(config, "hopper_fwd", **shape)
+    assert found is None if said is None else said in str(found)
 
 
 def test_warps_of_the_hopper_kernels_are_their_warpgroups() -> None:
     """Four per 64 rows that accumulate, and the producer's four."""
-    assert [HopperFwdConfig(m, 64).num_warps for m in (64, 128, 192)] == [8, 12, 16]
+    assert [HopperFwdConfig(m, 64).num_warps for m in (64, 128, 192, 256)] == [8, 12, 16, 20]
     assert HopperBwdConfig(64, 128).num_warps == 12
 
 

@@ -381,6 +381,26 @@ def test_h100_sweeps_more_than_the_board(h100: Plan) -> None:
     assert {c.varlen for c in cases} == {"", "upstream", "skewed"} and {1, 4} <= {c.batch for c in cases}
 
 
+def test_the_board_has_its_rows_and_every_rival_in_each() -> None:
+    made = make_plan(load_spec(CONFIGS / "board.yaml"), 90)
+    trials = [*made.first, *(t for whole in made.wholes for t in whole)]
+    rivals = {"fwd": {"triton", "hopper", "fa3", "fa4", "cudnn"}}
+    rivals["bwd"] = rivals["fwd"] | {"cudnn_deterministic"}
+    for pass_, wanted in rivals.items():
+        by_case: dict[str, set[str]] = {}
+        for t in trials:
+            if t.case.pass_ == pass_ and t.runs:
+                by_case.setdefault(t.case.id, set()).add(t.impl)
+        assert len(by_case) >= 40 and all(impls == wanted for impls in by_case.values()), by_case
+    cases = {t.case for t in trials if t.case.pass_ == "fwd"}
+    assert {2048, 4096, 8192, 16384, 32768} <= {c.seqlen_q for c in cases} <= set(range(2048, 32769))
+    assert {None, 128, 256, 512, 1024, 2048, 4096} == {c.window for c in cases}
+    assert {1, 2, 4, 8} == {c.batch for c in cases} and {"bfloat16", "float16"} == {c.dtype for c in cases}
+    assert {(c.head_dim, c.head_dim_v) for c in cases} == {(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)}
+    # 836 rows took 189 s at twice the compiling and with finals to the end
+    assert sum(t.runs for t in trials) <= 900
+
+
 def test_upstreams_benchmarks_are_its_own() -> None:
     made = make_plan(load_spec(CONFIGS / "upstream.yaml"), 90)
     shapes = {

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 
 import sweeps
 from sweeps import tables
+from sweeps.board import board_markdown, boards, summary_line
 from sweeps.columns import COLUMNS
 from sweeps.heatmaps import heatmap_figures, tile_cells
 from sweeps.plots import curve_figures, roofline_figures, speedup_figures
@@ -138,6 +139,27 @@ def test_workload_board_puts_ours_beside_every_peer(full):
     assert line["best peer / ours"] == f"{tables.number(r.best_peer.latency_ms / r.best.latency_ms)}x"
     assert found["Llama-70B, causal", "fwd"]["sdpa_cudnn"].endswith("*") and "without the sink" in text
     assert tables.workload_board(select([row(FWD, ms=1.0)])) == ""
+
+
+def test_a_board_has_a_ratio_per_case_their_mean_and_the_worst():
+    window, causal, alone = FWD, case("gpt-oss", "fwd", 2048, None), case("gpt-oss", "fwd", 4096, None, batch=2)
+    lost = case("gpt-oss", "fwd", 4096, 4096)
+    found = boards(select([
+        row(window, "hopper", tile(64, 64), ms=0.5), row(window, "fa3", ms=1.0),
+        row(window, "sdpa_cudnn", ms=0.1, applies_sink=False), row(causal, "cudnn_deterministic", ms=0.6),
+        row(causal, config=tile(64, 64), ms=1.0), row(causal, "fa4", ms=0.5),
+        row(alone, config=tile(64, 64), ms=1.0), row(lost, "hopper", tile(64, 64), "incorrect"),
+        row(lost, "fa3", ms=1.0), row(case("gpt-oss", "bwd_dq", 1024, 128), config=tile(64, 64), ms=1.0)]))
+    (board,) = found
+    assert board.mean == pytest.approx(1.0) and board.worst is not None and board.worst[0] == pytest.approx(0.5)
+    text = board_markdown(board)
+    lines = {x["fwd"]: x for x in table_rows(text)}
+    assert len(lines) == 4 and [x["best peer / ours"] for x in lines.values()].count("-") == 2
+    assert next(x for name, x in lines.items() if "2 x 4096" in name)["triton"] == "**1.000**"
+    assert "ahead of the fastest peer in 1 of 2; best peer / ours 1.00x in the geometric mean, 0.500x in the" in text
+    assert "gpt-oss (64/8 x 64), causal, bf16, 2048); 1 without a peer; 1 without a time of ours." in text
+    assert "without the sink" in text and boards(select([])) == []
+    assert "no case has a time" in summary_line(boards(select([row(FWD, ms=1.0)]))[0])
 
 
 # Figures

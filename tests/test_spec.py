@@ -113,6 +113,7 @@ def test_unknown_keys_name_their_place_and_the_nearest_known(text: str, message:
             "groups.a.implementations: 'tritn' is not among the sweep's implementations (triton), did you mean 'tri",
         ),
         (MINIMAL + "name: y", "key 'name' is given twice"),
+        (MINIMAL + "seed: 1\nsearch: {<<: {a: 1}, b: 1, b: 2}", "key 'b' is given twice"),
         ("name: [", "not valid YAML"),
         ("- 1", "expected keys and values, got list"),
         ("", "expected keys and values, got NoneType"),
@@ -120,6 +121,17 @@ def test_unknown_keys_name_their_place_and_the_nearest_known(text: str, message:
 )
 def test_wrong_values_say_what_was_expected_and_what_came(text: str, message: str) -> None:
     assert message in error(text)
+
+
+def test_a_mapping_takes_what_another_has_and_its_own_outranks_it() -> None:
+    """YAML's merge key, also of a mapping that merges itself."""
+    found = spec("groups:\n"
+                 "  a: {tunables: &a {fwd: {BLOCK_M: 64, BLOCK_N: 32}, bwd_dq: {BLOCK_M: 64, BLOCK_N: 32}}}\n"
+                 "  b: {tunables: &b {<<: *a, fwd: {BLOCK_M: 128, BLOCK_N: 32}}}\n"
+                 "  c: {tunables: {<<: *b, bwd_dkdv: {BLOCK_M: 16, BLOCK_N: 16}}}\n")
+    tunables = found.groups["c"].tunables
+    assert [next(iter(grids[0].configs()))["BLOCK_M"]
+            for grids in (tunables.fwd, tunables.bwd_dq, tunables.bwd_dkdv)] == [128, 64, 16]
 
 
 def test_all_faults_are_named_at_once() -> None:
@@ -160,7 +172,7 @@ def test_the_hopper_kernels_have_tunables_of_their_own() -> None:
                  "hopper_bwd: {BLOCK_M: 64, BLOCK_N: 128}}")
     assert [len(list(grids[0].configs())) for grids in (sweep.tunables.hopper_fwd, sweep.tunables.hopper_bwd)] == [4, 1]
     assert "num_warps" in error(MINIMAL + "tunables: {hopper_fwd: {BLOCK_M: 64, BLOCK_N: 64, num_warps: 4}}")
-    assert "PACK_GQA" in error(MINIMAL + "tunables: {hopper_fwd: {BLOCK_M: 64, BLOCK_N: 64, PACK_GQAS: true}}")
+    assert "SHARE_Q" in error(MINIMAL + "tunables: {hopper_fwd: {BLOCK_M: 64, BLOCK_N: 64, SHARE_QS: true}}")
 
 
 def test_grids_multiply_and_lists_of_grids_add() -> None:
@@ -378,6 +390,7 @@ def test_shipped_configs_name_their_cards() -> None:
         "h20": "H20",
         "heldout": "H100",
         "repeat": "H100",
+        "board": "H100",
     }
     assert [name for name, d in devices.items() if not d.measured] == ["h20"]
 
