@@ -132,6 +132,8 @@ FAMILIES: dict[str, tuple[tuple[int, int, HopperFwdConfig], int | None]] = {
     "64-one-warpgroup": ((64, 64, HopperFwdConfig(64, 128, 1)), None),
     "64-one-loop": ((64, 64, HopperFwdConfig(128, 64, 2, SPLIT_LOOPS=False)), 100),
     "64-window": (WINDOW_64, 128),
+    "64-packed": ((64, 64, HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=80)), 128),
+    "64-packed-pairs": ((64, 64, HopperFwdConfig(64, 64, 5, HEADS=1, PACK_HEADS=2, PROGRAMS_PER_SM=2)), 200),
     "64-window-two-heads": ((64, 64, HopperFwdConfig(64, 64, 3, HEADS=2)), 128),
     "64-window-tokens": ((64, 64, HopperFwdConfig(64, 64, 2, PROGRAMS_PER_SM=3, maxnreg=80)), 128),
     "64-narrow": ((64, 64, HopperFwdConfig(64, 32, 5, Q_STAGES=2, HEADS=3)), 37),
@@ -311,7 +313,8 @@ def _draw_config(r: random.Random, head_dim: int, head_dim_v: int, group: int) -
         config = HopperFwdConfig(
             BLOCK_M=r.choice((64, 64, 128, 128, 192, 256)), BLOCK_N=r.choice((32, 64, 64, 128)),
             num_stages=r.choice((1, 2, 2, 3, 4, 5)), Q_STAGES=r.choice((1, 1, 2, 3)),
-            HEADS=r.choice((0, 0, 1, 2, 3, 4)), SPLIT_LOOPS=r.random() < 0.85, SHARE_Q=r.random() < 0.4,
+            HEADS=r.choice((0, 0, 1, 2, 3, 4)), PACK_HEADS=r.choice((0, 0, 2, 4)),
+            SPLIT_LOOPS=r.random() < 0.85, SHARE_Q=r.random() < 0.4,
             PROGRAMS_PER_SM=r.choice((0, 0, 1, 2, 3)), maxnreg=r.choice((None, None, None, 80, 104)))
         if reject_reason(config, "hopper_fwd", head_dim=head_dim, head_dim_v=head_dim_v, group=group,
                          limits=limits_of(90)) is None:

@@ -72,6 +72,7 @@ def test_what_the_copy_engine_can_read(change: Any, readable: bool) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_asked_for_without_a_gpu_is_an_error() -> None:
+    fake_kernels.needs_no_gpu()
     q, k, v, sinks = fake_kernels.tensors()
     with pytest.raises(ValueError, match=r"impl: 'hopper' was asked for, and the Hopper kernels cannot do this call"):
         flash_sink_attn_func(q, k, v, sinks, impl="hopper")

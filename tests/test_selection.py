@@ -203,6 +203,7 @@ def host_sides(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]
 
 
 def test_a_call_reaches_the_hopper_kernels(host_sides: dict[str, list[dict[str, Any]]]) -> None:
+    fake_kernels.needs_no_gpu()
     q, k, v, sinks = fake_kernels.tensors(seqlen=80)
     for x in (q, k, sinks):
         x.requires_grad_()
@@ -220,6 +221,7 @@ def test_a_call_reaches_the_hopper_kernels(host_sides: dict[str, list[dict[str, 
 
 
 def test_torch_compile_keeps_implementation_and_determinism(host_sides: dict[str, list[dict[str, Any]]]) -> None:
+    fake_kernels.needs_no_gpu()
     q, k, v, sinks = fake_kernels.tensors(seqlen=80)
     q.requires_grad_()
 
@@ -235,6 +237,7 @@ def test_torch_compile_keeps_implementation_and_determinism(host_sides: dict[str
 def test_it_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     key = ShapeKey.fixed("bfloat16", 64, 64, 4, 2, 16, 1, 80, 80)
     tuned(monkeypatch, tmp_path, entry("fwd", FWD, 0.2, key), entry("hopper_fwd", HOPPER_FWD, 0.1, key))
+    fake_kernels.needs_no_gpu()
     q, k, v, sinks = fake_kernels.tensors(seqlen=80)
     found = explain(q, k, v, sinks, 16)
     assert found["hopper_fwd"].config == HOPPER_FWD and found["bwd_dq"].source == "heuristic"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
@@ -31,29 +31,80 @@ def hold_half(x):
 
 
 @gluon.jit
-def hide(s, position, key, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
-    """Minus infinity for the keys from ``key`` on that the rows at ``position`` do not see.
+def quads(x):
+    """(rows, columns) as (rows, columns / 8, 4, 2): the third dimension is a quad's lane, the others are registers.
 
-    One instruction sequence per element: with gl.where ptxas computes all predicates first and packs them into bit
-    masks, 200 instructions more for a block.
+    The matrix instruction leaves each row of its result to four lanes, two columns in eight to each.
+    """
+    return gl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def per_row(x, like):
+    """(rows, 4), one value per row and lane, in the layout that goes with ``like`` of :func:`quads`, broadcastable."""
+    x = gl.convert_layout(x, gl.SliceLayout(1, gl.SliceLayout(3, like.type.layout)), assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(x, 1), 3)
+
+
+def _hide(causal: bool, window: bool) -> str:
+    """32 scores of two rows ($0 ..), minus infinity where the column is not in its row's range.
+
+    The columns that a thread holds are constants but for its lane, which the bounds allow for: each comparison is one
+    instruction with the column inside it. Operands after the 32 tied ones: the last column that a row sees, and the
+    last before its window, 32 times each, of which every fourth pair is the same row's.
+    """
+    lines = []
+    for i in range(32):
+        column, last, before = 8 * (i >> 2) + (i & 1), f"${64 + (i & 2)}", f"${(96 if causal else 64) + (i & 2)}"
+        if causal and window:
+            test = f"setp.lt.s32 q, {before}, {column}; setp.ge.and.s32 p, {last}, {column}, q;"
+        else:
+            test = f"setp.ge.s32 p, {last}, {column};" if causal else f"setp.lt.s32 p, {before}, {column};"
+        lines.append(f"{test} selp.f32 ${i}, ${i}, 0fFF800000, p;")
+    return "{ .reg .pred p, q; " + " ".join(lines) + " }"
+
+
+HIDE_FUTURE: gl.constexpr = gl.constexpr(_hide(True, False))
+HIDE_PAST: gl.constexpr = gl.constexpr(_hide(False, True))
+HIDE_BOTH: gl.constexpr = gl.constexpr(_hide(True, True))
+_TIES = ["=f"] * 32 + [str(i) for i in range(32)]
+ONE_BOUND: gl.constexpr = gl.constexpr(",".join(_TIES + ["r"] * 32))
+TWO_BOUNDS: gl.constexpr = gl.constexpr(",".join(_TIES + ["r"] * 64))
+
+
+@gluon.jit
+def reaches(first, like):
+    """first + row - 2 * lane for the rows and lanes of ``like`` of :func:`quads`: (rows, 4) int32, see :func:`hide`."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, like.type.layout))
+    row = gl.expand_dims(gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, LAYOUT)), 1)
+    lane = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    return first + row - 2 * lane
+
+
+@gluon.jit
+def hide(s, reach, key, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    """Minus infinity for the keys from ``key`` on that the rows of ``reach`` do not see.
+
+    With gl.where ptxas computes all predicates first and packs them into bit masks, 200 instructions more for a block.
     """
     if CAUSAL or WINDOW:
-        COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-        column = gl.expand_dims(key + gl.arange(0, s.shape[1], layout=COLUMNS), 0)
-        row = gl.expand_dims(position, 1)
+        parts = quads(s)
+        # an instruction sequence covers 64 columns
+        GROUPS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, parts.type.layout)))
+        group = gl.arange(0, s.shape[1] // 8, layout=GROUPS) // 8 * 64
+        group = gl.expand_dims(gl.expand_dims(gl.expand_dims(group, 0), 2), 3)
+        last = per_row(reach - key, parts) - group
+        before = last - window
         if CAUSAL and WINDOW:
-            return gl.inline_asm_elementwise(
-                "{ .reg .pred p, q; setp.gt.s32 q, $2, $4; setp.le.and.s32 p, $2, $3, q; "
-                "selp.f32 $0, $1, 0fFF800000, p; }",
-                "=f,f,r,r,r", [s, column, row, row - window], dtype=gl.float32, is_pure=True, pack=1)
+            parts = gl.inline_asm_elementwise(HIDE_BOTH, TWO_BOUNDS, [parts, last, before], dtype=gl.float32,
+                                              is_pure=True, pack=32)
         elif CAUSAL:
-            return gl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
-                "=f,f,r,r", [s, column, row], dtype=gl.float32, is_pure=True, pack=1)
+            parts = gl.inline_asm_elementwise(HIDE_FUTURE, ONE_BOUND, [parts, last], dtype=gl.float32, is_pure=True,
+                                              pack=32)
         else:
-            return gl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.gt.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
-                "=f,f,r,r", [s, column, row - window], dtype=gl.float32, is_pure=True, pack=1)
+            parts = gl.inline_asm_elementwise(HIDE_PAST, ONE_BOUND, [parts, before], dtype=gl.float32, is_pure=True,
+                                              pack=32)
+        return gl.convert_layout(gl.reshape(parts, s.shape), s.type.layout, assert_trivial=True)
     else:
         return s
 
@@ -93,22 +144,6 @@ RESCALE_TIES: gl.constexpr = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i i
 
 
 @gluon.jit
-def quads(x):
-    """(rows, columns) as (rows, columns / 8, 4, 2): the third dimension is a quad's lane, the others are registers.
-
-    The matrix instruction leaves each row of its result to four lanes, two columns in eight to each.
-    """
-    return gl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2])
-
-
-@gluon.jit
-def per_row(x, like):
-    """(rows, 4), one value per row and lane, in the layout that goes with ``like`` of :func:`quads`, broadcastable."""
-    x = gl.convert_layout(x, gl.SliceLayout(1, gl.SliceLayout(3, like.type.layout)), assert_trivial=True)
-    return gl.expand_dims(gl.expand_dims(x, 1), 3)
-
-
-@gluon.jit
 def largest(x):
     """The largest of the columns that a lane holds: (rows, 4) of :func:`quads`' result."""
     return gl.max(gl.max(x, axis=3), axis=1)
@@ -118,6 +153,15 @@ def largest(x):
 def total(x):
     """As :func:`largest`, the sum."""
     return gl.sum(gl.sum(x, axis=3), axis=1)
+
+
+@gluon.jit
+def exponentials(s, m, l, scale_log2):
+    """(P in the layout of ``s``, unrounded; l plus its lanes' sums). m, l: (64, 4), see quads."""
+    parts = quads(s)
+    p = gl.exp2(parts * scale_log2 - per_row(m, parts))
+    l += gl.convert_layout(total(p), l.type.layout, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(p, s.shape), s.type.layout, assert_trivial=True), l
 
 
 @gluon.jit
@@ -216,6 +260,78 @@ def barrier_wait(number, phase):
         "{ .reg .pred p; .reg .b32 a; mov.u32 a, own_barriers; mad.lo.u32 a, $1, 8, a; "
         "WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [a], $2; @!p bra.uni WAIT; mov.u32 $0, 0; }",
         "=r,r,r", [number, phase], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def tile_of_round(round):
+    """The number of a program's tile in a round: forwards in one, backwards in the next.
+
+    Tiles go from long to short. Were it forwards each time, the first program would have the longest of every round, at
+    8192 tokens 5% more than the mean.
+    """
+    programs = gl.num_programs(0)
+    at = gl.program_id(0)
+    if round % 2 == 1:
+        at = programs - 1 - at
+    return round * programs + at
+
+
+@gluon.jit
+def tile_of(tile, work, GROUP: gl.constexpr, CHUNK: gl.constexpr, TOKENS: gl.constexpr,
+          VARLEN: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """What tile number ``tile`` is: (ok, sequence, key head, first member of its group, first token, length of the
+    queries and keys, where in a packed batch they begin).
+
+    Tiles go by sections of so many heads that their K and V stay in L2; within one the longest rows of a causal mask
+    go first, and heads vary fastest, so that programs that run together share K and V.
+    """
+    batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, cu_q, cu_k = work
+    CHUNKS: gl.constexpr = (GROUP + CHUNK - 1) // CHUNK
+    if VARLEN:
+        units = heads_kv * CHUNKS
+        b, t = find_tile(cu_q, batch, seqlen_q, tile // units, TOKENS, NUM_WARPS)
+        unit = tile % units
+        ok = (b < batch) & (tile < num_tiles)
+        at = gl.minimum(b, batch - 1)
+        start_q, len_q = sequence_bounds(cu_q, at, seqlen_q)
+        start_k = start_q
+        len_k = len_q
+        if cu_k is not None:
+            start_k, len_k = sequence_bounds(cu_k, at, seqlen_k)
+        t = gl.cdiv(len_q, TOKENS) - 1 - t
+        head_kv = unit // CHUNKS
+        b = 0
+    else:
+        per_section = section * tiles_per_unit
+        s = tile // per_section
+        r = tile - s * per_section
+        here = gl.minimum(section, batch * heads_kv * CHUNKS - s * section)
+        t = tiles_per_unit - 1 - r // here
+        unit = s * section + r % here
+        head_kv = (unit // CHUNKS) % heads_kv
+        b = unit // (CHUNKS * heads_kv)
+        ok = tile < num_tiles
+        len_q = seqlen_q
+        len_k = seqlen_k
+        start_q = 0
+        start_k = 0
+    return ok, b, head_kv, (unit % CHUNKS) * CHUNK, t * TOKENS, len_q, len_k, start_q, start_k
+
+
+@gluon.jit
+def zero_rows(tile, before, rows, BLOCK_N: gl.constexpr, DV: gl.constexpr):
+    """Zeroes the rows of a V block before ``before`` and from ``rows`` on: what the copy engine brought from the next
+    sequence of a packed batch would meet P = 0 there, and 0 * NaN is NaN. Every warpgroup does it for itself, before
+    its first use."""
+    LANES: gl.constexpr = DV // 8 if DV < 256 else 32
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
+    for i in gl.static_range(BLOCK_N // 16):
+        part = tile.slice(i * 16, 16, dim=0)
+        x = part.load(LAYOUT)
+        part.store(gl.where(gl.expand_dims((row + i * 16 >= before) & (row + i * 16 < rows), 1), x, gl.zeros_like(x)))
+    fence_async_shared()
+    gl.thread_barrier()
 
 
 # Triton 3.9 has async_store for what was async_copy_shared_to_global before.
