@@ -152,6 +152,7 @@ def test_random_shapes(worker: Worker, seed: int) -> None:
 def test_every_case_is_valid_and_all_of_a_kind_use_one_kernel() -> None:
     drawn = [draw(seed) for seed in range(300)]
     assert {c.rejected() for c in drawn} == {None}
+    assert {c.config["PACK_HEADS"] for c in drawn} >= {0, 4}
     assert len({(c.config["BLOCK_M"], c.config["BLOCK_N"], c.config["HEADS"], c.head_dim) for c in drawn}) > 12
     assert {c.head_dim for c in drawn} == {64, 96, 128, 192, 256} and {c.sinks for c in drawn} == set(SINKS)
     assert {c.values for c in drawn} == set(VALUES) and {c.layout for c in drawn} == set(LAYOUTS)
