@@ -130,6 +130,10 @@ class HopperFwdConfig(_Config):
         HEADS: 0: the warpgroups of a tile take consecutive tokens of one head. Else they take different heads of a
             group at the same 64 tokens, HEADS of them one after the other, and K and V are loaded once for all; where
             the keys of 64 tokens do not fit the ring (no window, or one too long for num_stages blocks), one head.
+        PACK_HEADS: with HEADS, 2 or 4 heads of a group in one tile of 64 rows, of 32 or 16 tokens, since under a short
+            window fewer tokens see fewer keys between them: one warpgroup takes 64 tokens of PACK_HEADS * HEADS heads
+            piece by piece. Head dim 64 only; without a window, or with one that reaches back further than
+            num_stages - 1 blocks, as if it were 0.
         SPLIT_LOOPS: walk the diagonal, the interior and the window's edge in loops of their own, so that blocks of the
             interior carry no mask; otherwise one loop with the full mask.
         SHARE_Q: the output leaves through q's shared memory instead of its own.
@@ -143,6 +147,7 @@ class HopperFwdConfig(_Config):
     num_stages: int = 2
     Q_STAGES: int = 1
     HEADS: int = 0
+    PACK_HEADS: int = 0
     SPLIT_LOOPS: bool = True
     SHARE_Q: bool = False
     PROGRAMS_PER_SM: int = 0
@@ -426,6 +431,15 @@ def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
     if c.HEADS < 0 or c.HEADS and (c.HEADS - 1) * c.warpgroups >= shape.group:
         return (f"HEADS must be from 0 to {-(-shape.group // c.warpgroups)}, the share of {c.warpgroups} warpgroups in "
                 f"a group of {shape.group}, got {c.HEADS}")
+    if c.PACK_HEADS:
+        if (c.BLOCK_M, c.BLOCK_N, c.SHARE_Q) != (64, 64, False) or c.PACK_HEADS not in (2, 4) or c.num_stages < 2:
+            return (f"PACK_HEADS must be 0, 2 or 4, and needs BLOCK_M and BLOCK_N 64, two stages and no SHARE_Q, got "
+                    f"{c.PACK_HEADS}, {c.BLOCK_M}, {c.BLOCK_N}, {c.num_stages} and {c.SHARE_Q}")
+        if not c.HEADS or shape.group % (c.PACK_HEADS * c.HEADS):
+            return (f"PACK_HEADS * HEADS must divide the group of {shape.group} query heads, got "
+                    f"{c.PACK_HEADS} * {c.HEADS}")
+        if (shape.head_dim, shape.head_dim_v) != (64, 64):
+            return f"PACK_HEADS needs head dim 64, got {shape.head_dim} and {shape.head_dim_v}"
     if (reason := _hopper_reject_reason(c, shape)) is not None:
         return reason
     first, second = split_head_dim(shape.head_dim)

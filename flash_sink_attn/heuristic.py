@@ -33,8 +33,11 @@ _HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1), HopperFwdConfig(128
 _HOPPER_FWD_SMALL_DIM = (HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1),)
 _HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2),
                       HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2))
-_HOPPER_FWD_WINDOW_SMALL_DIM = (HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=4, PROGRAMS_PER_SM=3, maxnreg=80),
-                                HopperFwdConfig(64, 64, 3, Q_STAGES=2, PROGRAMS_PER_SM=3, maxnreg=80))
+_HOPPER_FWD_WINDOW_SMALL_DIM = (
+    HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=80),
+    HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=1, PACK_HEADS=4, PROGRAMS_PER_SM=3, maxnreg=80),
+    HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=4, PROGRAMS_PER_SM=3, maxnreg=80),
+    HopperFwdConfig(64, 64, 3, Q_STAGES=2, PROGRAMS_PER_SM=3, maxnreg=80))
 _HOPPER_BWD = (HopperBwdConfig(64, 128), HopperBwdConfig(64, 64, FORM=1))
 _HOPPER_BWD_SMALL_DIM = (HopperBwdConfig(64, 128, 3),)
 _HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 64, FORM=1),)

@@ -44,6 +44,12 @@ class MiscompiledError(RuntimeError):
     """A kernel that was built and would compute wrong values; it must not be timed, and not be run."""
 
 
+def _grid(config: AnyConfig) -> str:
+    """What of a configuration is not in the machine code: how many programs share the tiles."""
+    programs = getattr(config, "PROGRAMS_PER_SM", None)
+    return "" if programs is None else f".{programs}"
+
+
 def tiles_of(case: Case, config: Mapping[str, Any], impl: Impl = "triton") -> AttnConfig:
     """A trial's config as an AttnConfig: flat for a pass of one kernel, else by kernel name; {} = heuristic."""
     kernels = LAUNCHES[impl][case.pass_]
@@ -138,7 +144,8 @@ class Ours:
                 **{name: sum(getattr(b, name) for b in built) for name in ("hgmma", "tma", "local", "mufu",
                                                                            "instructions")},
                 **({"threads": 32 * next(iter(tiles.values())).num_warps} if len(tiles) == 1 else {}),
-                "cache_hit": all(b.cached for b in built), "binary": "-".join(b.binary for b in built)}
+                "cache_hit": all(b.cached for b in built),
+                "binary": "-".join(b.binary + _grid(tile) for b, tile in zip(built, tiles.values(), strict=True))}
 
     def tiles(self, case: Case, config: Mapping[str, Any], arch: int) -> dict[Kernel, AnyConfig]:
         """The configuration of every kernel of the pass."""

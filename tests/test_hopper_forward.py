@@ -72,7 +72,8 @@ def test_groups(worker: Worker, family: str, group: int, heads_kv: int) -> None:
 
 @needs_hopper
 @pytest.mark.parametrize("window", [1, 37, 128, 256, 1000])
-@pytest.mark.parametrize("family", ["64", "64-one-loop", "64-window", "64-window-tokens", "128-window", "256"])
+@pytest.mark.parametrize("family", ["64", "64-one-loop", "64-packed", "64-window", "64-window-tokens", "128-window",
+                                    "256"])
 def test_windows(worker: Worker, family: str, window: int) -> None:
     """Where the ring holds what 64 tokens see and where not; where the window's edge meets the diagonal."""
     judge(worker, case(FAMILIES[family][0], seqlen_q=700, seqlen_k=1100, window=window))
@@ -80,7 +81,8 @@ def test_windows(worker: Worker, family: str, window: int) -> None:
 
 @needs_hopper
 @pytest.mark.parametrize("seqlens_k", [(), (70, 2, 0, 63, 300, 64, 65, 3, 129)])
-@pytest.mark.parametrize("family", ["64", "64-window", "64-window-tokens", "96", "128", "128-window", "192", "256"])
+@pytest.mark.parametrize("family", ["64", "64-packed", "64-window", "64-window-tokens", "96", "128", "128-window",
+                                    "192", "256"])
 def test_varlen(worker: Worker, family: str, seqlens_k: tuple[int, ...]) -> None:
     """Empty sequences, and lengths on both sides of a tile; NaN and infinities in one may not reach the next."""
     of, window = FAMILIES[family]
@@ -96,7 +98,7 @@ def test_many_sequences(worker: Worker) -> None:
 
 @needs_hopper
 @pytest.mark.parametrize("sinks", SINKS)
-@pytest.mark.parametrize("family", ["64", "64-window", "128"])
+@pytest.mark.parametrize("family", ["64", "64-packed", "64-window", "128"])
 def test_sinks(worker: Worker, family: str, sinks: str) -> None:
     of, window = FAMILIES[family]
     judge(worker, case(of, seqlen_q=260, seqlen_k=200, window=window, sinks=sinks, dtype="float16"))
@@ -105,7 +107,7 @@ def test_sinks(worker: Worker, family: str, sinks: str) -> None:
 @needs_hopper
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("values", VALUES[1:])
-@pytest.mark.parametrize("family", ["64", "64-window", "128", "192", "256"])
+@pytest.mark.parametrize("family", ["64", "64-packed", "64-window", "128", "192", "256"])
 def test_large_scores(worker: Worker, family: str, values: str, dtype: str) -> None:
     """The running maximum, which follows only what exceeds it by some slack, has to follow far and often."""
     of, window = FAMILIES[family]
@@ -114,14 +116,14 @@ def test_large_scores(worker: Worker, family: str, values: str, dtype: str) -> N
 
 @needs_hopper
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-@pytest.mark.parametrize("family", ["64", "64-window", "192"])
+@pytest.mark.parametrize("family", ["64", "64-packed", "64-window", "192"])
 def test_strides_are_read_in_place(worker: Worker, family: str, layout: str) -> None:
     of, window = FAMILIES[family]
     judge(worker, case(of, seqlen_q=203, window=window, layout=layout, poison=True))
 
 
 @needs_hopper
-@pytest.mark.parametrize("family", ["64", "64-window", "128", "128-window", "192-heads"])
+@pytest.mark.parametrize("family", ["64", "64-packed", "64-window", "128", "128-window", "192-heads"])
 def test_more_tiles_than_programs(worker: Worker, family: str) -> None:
     """A program's rings go on from tile to tile."""
     of, window = FAMILIES[family]
@@ -150,6 +152,7 @@ def test_random_shapes(worker: Worker, seed: int) -> None:
 def test_every_case_is_valid_and_all_of_a_kind_use_one_kernel() -> None:
     drawn = [draw(seed) for seed in range(300)]
     assert {c.rejected() for c in drawn} == {None}
+    assert {c.config["PACK_HEADS"] for c in drawn} >= {0, 4}
     assert len({(c.config["BLOCK_M"], c.config["BLOCK_N"], c.config["HEADS"], c.head_dim) for c in drawn}) > 12
     assert {c.head_dim for c in drawn} == {64, 96, 128, 192, 256} and {c.sinks for c in drawn} == set(SINKS)
     assert {c.values for c in drawn} == set(VALUES) and {c.layout for c in drawn} == set(LAYOUTS)
@@ -205,10 +208,10 @@ def test_a_hang_and_a_crash_are_failures() -> None:
             "    what = json.loads(line)['seed']\n"
             "    what == 1 and time.sleep(60)\n"
             "    what == 2 and os._exit(7)\n"
-            "    print(json.dumps([f'{what} of {os.getpid()}']), flush=True)\n")
+            "    print(json.dumps([[f'{what} of {os.getpid()}'], what == 3]), flush=True)\n")
     worker = Worker((sys.executable, "-c", code))
-    answers = [worker.ask({"seed": seed}, 0.5 if seed == 1 else 30) for seed in (0, 1, 0, 2, 0)]
-    first, hang, second, crash, third = answers
+    answers = [worker.ask({"seed": seed}, 0.5 if seed == 1 else 30) for seed in (0, 1, 0, 2, 0, 3, 0)]
+    first, hang, second, crash, third, last, fourth = answers
     worker.close()
     assert "hangs" in hang[0] and crash == ["the process ended with status 7"]
-    assert len({first[0], second[0], third[0]}) == 3
+    assert len({first[0], second[0], third[0], fourth[0]}) == 4 and last[0].split()[2] == third[0].split()[2]

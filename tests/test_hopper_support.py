@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from flash_sink_attn import _mode, flash_sink_attn_func
+from flash_sink_attn.config import HopperFwdConfig, TileConfig
 from flash_sink_attn.hopper import support
 from flash_sink_attn.kernel_code import kernel_code_hash
+from sweeps import ours
 from sweeps.cases import Case
 from sweeps.ours import HOPPER, TRITON, kernel_of, num_warps
 from tests import fake_kernels
@@ -98,3 +100,9 @@ def test_as_an_implementation_of_the_sweeps() -> None:
 
 def test_each_implementation_has_a_hash_of_its_own() -> None:
     assert kernel_code_hash("hopper") != kernel_code_hash("triton") == kernel_code_hash()
+
+
+def test_a_grid_is_no_duplicate_of_another() -> None:
+    """How many programs share the tiles is not in the machine code, by which duplicates are known."""
+    assert ours._grid(HopperFwdConfig(64, 64, PROGRAMS_PER_SM=1)) != ours._grid(HopperFwdConfig(64, 64))
+    assert ours._grid(TileConfig(64, 64)) == ""

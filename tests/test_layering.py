@@ -52,7 +52,7 @@ PACKAGE = (
     ("_mode", "config", "devices", "_reference_blocks", "layout"),
     ("replay", "kernel_code", "options", "reference", "tuned_table", "sliding_cache", "kernels.common",
      "kernel_cache", "sass_check", "hopper.common"),
-    ("launcher", "nearest", "machine_code", "heuristic", "hopper.support", "hopper.backward_common",
+    ("launcher", "nearest", "machine_code", "sass_loops", "heuristic", "hopper.support", "hopper.backward_common",
      "hopper.descriptors"),
     ("testing", "dispatch", "kernels.*", "flash_attn_with_sink", "hopper.*"),
     ("kernels.launch", "hopper.launch_forward", "hopper.launch_backward", "selection"),

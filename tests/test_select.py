@@ -162,8 +162,8 @@ def test_labels_know_every_field_of_a_tile_and_its_default():
     for of in set(CONFIG_CLASS.values()):  # one name never has two defaults
         rest = {f.name: f.default for f in dataclasses.fields(of) if f.name not in TILE_COLUMNS}
         assert rest.items() <= TILE_DEFAULTS.items()
-    assert config_label(HopperFwdConfig(64, 128, 3, 2, 4, False, True, 2, 80).to_dict()) == (
-        "64x128 s3 oneloop r80 q2 h4 shareq p2")
+    assert config_label(HopperFwdConfig(64, 128, 3, 2, 4, 2, False, True, 2, 80).to_dict()) == (
+        "64x128 s3 oneloop r80 q2 h4 pack2 shareq p2")
     both = {"hopper_fwd": {"BLOCK_M": 64, "BLOCK_N": 64}, "hopper_bwd": {"BLOCK_M": 64, "BLOCK_N": 128, "FORM": 1}}
     assert config_label(both) == "fwd 64x64 | bwd 64x128 form1"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
@@ -156,6 +156,15 @@ def total(x):
 
 
 @gluon.jit
+def exponentials(s, m, l, scale_log2):
+    """(P in the layout of ``s``, unrounded; l plus its lanes' sums). m, l: (64, 4), see quads."""
+    parts = quads(s)
+    p = gl.exp2(parts * scale_log2 - per_row(m, parts))
+    l += gl.convert_layout(total(p), l.type.layout, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(p, s.shape), s.type.layout, assert_trivial=True), l
+
+
+@gluon.jit
 def follow(m, scores):
     """(The running maxima after ``scores``, both (rows, 4): those that are exceeded by more than the slack, replaced;
     whether any of the warp's rows was, int32)."""
@@ -251,6 +260,78 @@ def barrier_wait(number, phase):
         "{ .reg .pred p; .reg .b32 a; mov.u32 a, own_barriers; mad.lo.u32 a, $1, 8, a; "
         "WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [a], $2; @!p bra.uni WAIT; mov.u32 $0, 0; }",
         "=r,r,r", [number, phase], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def tile_of_round(round):
+    """The number of a program's tile in a round: forwards in one, backwards in the next.
+
+    Tiles go from long to short. Were it forwards each time, the first program would have the longest of every round, at
+    8192 tokens 5% more than the mean.
+    """
+    programs = gl.num_programs(0)
+    at = gl.program_id(0)
+    if round % 2 == 1:
+        at = programs - 1 - at
+    return round * programs + at
+
+
+@gluon.jit
+def tile_of(tile, work, GROUP: gl.constexpr, CHUNK: gl.constexpr, TOKENS: gl.constexpr,
+          VARLEN: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """What tile number ``tile`` is: (ok, sequence, key head, first member of its group, first token, length of the
+    queries and keys, where in a packed batch they begin).
+
+    Tiles go by sections of so many heads that their K and V stay in L2; within one the longest rows of a causal mask
+    go first, and heads vary fastest, so that programs that run together share K and V.
+    """
+    batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, cu_q, cu_k = work
+    CHUNKS: gl.constexpr = (GROUP + CHUNK - 1) // CHUNK
+    if VARLEN:
+        units = heads_kv * CHUNKS
+        b, t = find_tile(cu_q, batch, seqlen_q, tile // units, TOKENS, NUM_WARPS)
+        unit = tile % units
+        ok = (b < batch) & (tile < num_tiles)
+        at = gl.minimum(b, batch - 1)
+        start_q, len_q = sequence_bounds(cu_q, at, seqlen_q)
+        start_k = start_q
+        len_k = len_q
+        if cu_k is not None:
+            start_k, len_k = sequence_bounds(cu_k, at, seqlen_k)
+        t = gl.cdiv(len_q, TOKENS) - 1 - t
+        head_kv = unit // CHUNKS
+        b = 0
+    else:
+        per_section = section * tiles_per_unit
+        s = tile // per_section
+        r = tile - s * per_section
+        here = gl.minimum(section, batch * heads_kv * CHUNKS - s * section)
+        t = tiles_per_unit - 1 - r // here
+        unit = s * section + r % here
+        head_kv = (unit // CHUNKS) % heads_kv
+        b = unit // (CHUNKS * heads_kv)
+        ok = tile < num_tiles
+        len_q = seqlen_q
+        len_k = seqlen_k
+        start_q = 0
+        start_k = 0
+    return ok, b, head_kv, (unit % CHUNKS) * CHUNK, t * TOKENS, len_q, len_k, start_q, start_k
+
+
+@gluon.jit
+def zero_rows(tile, before, rows, BLOCK_N: gl.constexpr, DV: gl.constexpr):
+    """Zeroes the rows of a V block before ``before`` and from ``rows`` on: what the copy engine brought from the next
+    sequence of a packed batch would meet P = 0 there, and 0 * NaN is NaN. Every warpgroup does it for itself, before
+    its first use."""
+    LANES: gl.constexpr = DV // 8 if DV < 256 else 32
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
+    for i in gl.static_range(BLOCK_N // 16):
+        part = tile.slice(i * 16, 16, dim=0)
+        x = part.load(LAYOUT)
+        part.store(gl.where(gl.expand_dims((row + i * 16 >= before) & (row + i * 16 < rows), 1), x, gl.zeros_like(x)))
+    fence_async_shared()
+    gl.thread_barrier()
 
 
 # Triton 3.9 has async_store for what was async_copy_shared_to_global before.

@@ -17,8 +17,8 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
-    """Of ``rows`` rows and ``width`` columns of one head of (batch, seqlen, heads, head_dim).
+def describe(x: torch.Tensor, rows: int, width: int, heads: int = 1) -> TensorDescriptor:
+    """Of ``rows`` rows of ``heads`` heads, ``width`` columns of each, of (batch, seqlen, heads, head_dim).
 
     A packed batch, (tokens, heads, head_dim), is one long sequence. Reads outside give zeros, writes are dropped; but
     the copy engine knows nothing of where packed sequences end.
@@ -27,11 +27,11 @@ def describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     if len(shape) == 3:
         shape, strides = [1, *shape], [shape[0] * strides[0], *strides]
     # Gluon checks what it makes; here that is done once per kind of tensor, since every launch pays.
-    key = (x.dtype, rows, width)
+    key = (x.dtype, rows, width, heads)
     template = _templates.get(key)
     if template is None:
         layout = gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * width), element_bitwidth=16, rank=4)
-        template = TensorDescriptor(x, shape, strides, [1, rows, 1, width], layout)
+        template = TensorDescriptor(x, shape, strides, [1, rows, heads, width], layout)
         _templates[key] = copy.copy(template)
         _templates[key].base = None
         return template

@@ -26,75 +26,19 @@ from flash_sink_attn.hopper.common import (
     barrier_init,
     barrier_wait,
     barriers_declare,
-    find_tile,
+    exponentials,
     follow,
     hide,
     hold_half,
     largest,
-    per_row,
     quads,
     reaches,
     rescale,
-    sequence_bounds,
     store_bulk,
-    total,
+    tile_of,
+    tile_of_round,
+    zero_rows,
 )
-
-
-@gluon.jit
-def _tile_of_round(round):
-    """The number of a program's tile in a round: forwards in one, backwards in the next.
-
-    Tiles go from long to short. Were it forwards each time, the first program would have the longest of every round, at
-    8192 tokens 5% more than the mean.
-    """
-    programs = gl.num_programs(0)
-    at = gl.program_id(0)
-    if round % 2 == 1:
-        at = programs - 1 - at
-    return round * programs + at
-
-
-@gluon.jit
-def _tile(tile, work, GROUP: gl.constexpr, CHUNK: gl.constexpr, TOKENS: gl.constexpr,
-          VARLEN: gl.constexpr, NUM_WARPS: gl.constexpr):
-    """What tile number ``tile`` is: (ok, sequence, key head, first member of its group, first token, length of the
-    queries and keys, where in a packed batch they begin).
-
-    Tiles go by sections of so many heads that their K and V stay in L2; within one the longest rows of a causal mask
-    go first, and heads vary fastest, so that programs that run together share K and V.
-    """
-    batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, cu_q, cu_k = work
-    CHUNKS: gl.constexpr = (GROUP + CHUNK - 1) // CHUNK
-    if VARLEN:
-        units = heads_kv * CHUNKS
-        b, t = find_tile(cu_q, batch, seqlen_q, tile // units, TOKENS, NUM_WARPS)
-        unit = tile % units
-        ok = (b < batch) & (tile < num_tiles)
-        at = gl.minimum(b, batch - 1)
-        start_q, len_q = sequence_bounds(cu_q, at, seqlen_q)
-        start_k = start_q
-        len_k = len_q
-        if cu_k is not None:
-            start_k, len_k = sequence_bounds(cu_k, at, seqlen_k)
-        t = gl.cdiv(len_q, TOKENS) - 1 - t
-        head_kv = unit // CHUNKS
-        b = 0
-    else:
-        per_section = section * tiles_per_unit
-        s = tile // per_section
-        r = tile - s * per_section
-        here = gl.minimum(section, batch * heads_kv * CHUNKS - s * section)
-        t = tiles_per_unit - 1 - r // here
-        unit = s * section + r % here
-        head_kv = (unit // CHUNKS) % heads_kv
-        b = unit // (CHUNKS * heads_kv)
-        ok = tile < num_tiles
-        len_q = seqlen_q
-        len_k = seqlen_k
-        start_q = 0
-        start_k = 0
-    return ok, b, head_kv, (unit % CHUNKS) * CHUNK, t * TOKENS, len_q, len_k, start_q, start_k
 
 
 @gluon.jit
@@ -137,8 +81,8 @@ def _load(tensors, shape: gl.constexpr):
     q_phase = 1
     turn = 0
     for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
-        tile = _tile_of_round(round)
-        ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = _tile(
+        tile = tile_of_round(round)
+        ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
             tile, work, GROUP, CHUNK, TOKENS, VARLEN, 1)
         if ok:
             begin, blocks = _keys(first, len_q, len_k, window, TOKENS, BLOCK_N, WINDOW)
@@ -196,15 +140,6 @@ def _scores(q, q2, k_smem, k2_smem, slot, BLOCK_N: gl.constexpr, D: gl.constexpr
 
 
 @gluon.jit
-def _exponentials(s, m, l, scale_log2):
-    """(P in the layout of ``s``, unrounded; l plus its lanes' sums). m, l: (64, 4), see quads."""
-    parts = quads(s)
-    p = gl.exp2(parts * scale_log2 - per_row(m, parts))
-    l += gl.convert_layout(total(p), l.type.layout, assert_trivial=True)
-    return gl.convert_layout(gl.reshape(p, s.shape), s.type.layout, assert_trivial=True), l
-
-
-@gluon.jit
 def _step(acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase, reach, key,
           window, scale_log2, more, release, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BLOCK_N: gl.constexpr,
           D: gl.constexpr, D2: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
@@ -225,7 +160,7 @@ def _step(acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, bef
     m_new, changed = follow(m, gl.convert_layout(largest(quads(s)), m.type.layout, assert_trivial=True) * scale_log2)
     alpha = gl.exp2(m - m_new)
     m = m_new
-    p, l = _exponentials(s, m, l * alpha, scale_log2)
+    p, l = exponentials(s, m, l * alpha, scale_log2)
     held = hold_half(gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT))
     following, following_phase = advance(slot, phase, STAGES)
     mbarrier.wait(k_ready.index(following), following_phase, pred=more)
@@ -234,21 +169,6 @@ def _step(acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, bef
     barrier_arrive(STAGES + before, release)
     acc = rescale(acc, alpha, changed)
     return acc, m, l, held, slot, phase, following, following_phase
-
-
-@gluon.jit
-def _zero_rows(tile, rows, BLOCK_N: gl.constexpr, DV: gl.constexpr):
-    """Zeroes the rows of a V block from ``rows`` on: what the copy engine brought from the next sequence of a packed
-    batch would meet P = 0 there, and 0 * NaN is NaN. Every warpgroup does it for itself, before its first use."""
-    LANES: gl.constexpr = DV // 8 if DV < 256 else 32
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
-    row = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
-    for i in gl.static_range(BLOCK_N // 16):
-        part = tile.slice(i * 16, 16, dim=0)
-        x = part.load(LAYOUT)
-        part.store(gl.where(gl.expand_dims(row + i * 16 < rows, 1), x, gl.zeros_like(x)))
-    fence_async_shared()
-    gl.thread_barrier()
 
 
 @gluon.jit
@@ -291,8 +211,8 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
     q_phase = 0
     turn = 0
     for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
-        tile = _tile_of_round(round)
-        ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = _tile(
+        tile = tile_of_round(round)
+        ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
             tile, work, GROUP, CHUNK, TOKENS, VARLEN, 4)
         if ok:
             begin, blocks = _keys(first, len_q, len_k, window, TOKENS, BLOCK_N, WINDOW)
@@ -353,12 +273,12 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
                     m = largest(quads(s))
                     m = gl.maximum(gl.max(m, axis=1) * scale_log2, FAR_BELOW)
                     m = gl.expand_dims(m, 1) + gl.zeros_like(largest(quads(s)))
-                    p, l = _exponentials(s, m, gl.zeros_like(m), scale_log2)
+                    p, l = exponentials(s, m, gl.zeros_like(m), scale_log2)
                     p16 = hold_half(gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT))
                     if VARLEN:
                         if key + BLOCK_N > len_k:
                             mbarrier.wait(v_ready.index(slot), phase)
-                            _zero_rows(v_smem.index(slot).reshape([BLOCK_N, DV]), len_k - key, BLOCK_N, DV)
+                            zero_rows(v_smem.index(slot).reshape([BLOCK_N, DV]), 0, len_k - key, BLOCK_N, DV)
                     before = slot
                     before_phase = phase
                     slot, phase = advance(slot, phase, STAGES)

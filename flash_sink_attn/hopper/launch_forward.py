@@ -10,6 +10,7 @@ import torch
 from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HopperFwdConfig, split_head_dim
 from flash_sink_attn.hopper.descriptors import describe, padded
 from flash_sink_attn.hopper.forward import hopper_fwd_kernel
+from flash_sink_attn.hopper.window import hopper_window_kernel
 from flash_sink_attn.launcher import launch
 from flash_sink_attn.layout import LOG2E, Sequences
 
@@ -23,6 +24,8 @@ def forward(
 ) -> Any:
     """Write o (like q with v's head dim, contiguous) and lse (float32, contiguous). Returns the compiled kernel."""
     c = config
+    if c.PACK_HEADS and window is not None and window - 1 <= c.BLOCK_N * (c.num_stages - 1):
+        return _packed(q, k, v, sinks, o, lse, sequences, window, scale, c)
     (first, second), width_v = split_head_dim(q.shape[-1]), padded(v.shape[-1])
     heads_kv, group = k.shape[-2], q.shape[-2] // k.shape[-2]
     tokens = 64 if c.HEADS else c.BLOCK_M
@@ -46,6 +49,27 @@ def forward(
         "VARLEN": sequences.varlen, "WINDOW": _window_mode(window, c.BLOCK_N), "SPREAD": c.HEADS > 0,
         "SPLIT_LOOPS": c.SPLIT_LOOPS, "SHARE_Q": c.SHARE_Q, "REGISTERS": c.warpgroup_registers,
         "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
+    }, num_warps=4, maxnreg=c.registers_per_thread)
+
+
+def _packed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor,
+    sequences: Sequences, window: int, scale: float, c: HopperFwdConfig,
+) -> Any:
+    heads_kv, group = k.shape[-2], q.shape[-2] // k.shape[-2]
+    tiles = sequences.tiles(sequences.seqlen_q, 1, 64)
+    units = heads_kv * (group // (c.PACK_HEADS * c.HEADS)) * (1 if sequences.varlen else sequences.batch)
+    programs = tiles * units
+    if c.PROGRAMS_PER_SM:
+        programs = min(programs, c.PROGRAMS_PER_SM * _multiprocessors(q.device))
+    return launch(hopper_window_kernel, programs, q.device, [
+        *(describe(x, rows, 64, heads) for x, rows, heads in (
+            (q, 64 // c.PACK_HEADS, c.PACK_HEADS), (k, 64, 1), (v, 64, 1), (o, 64 // c.PACK_HEADS, c.PACK_HEADS))),
+        o, sinks, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.batch, sequences.seqlen_q,
+        sequences.seqlen_k, heads_kv, tiles * units, tiles, units, window, scale * LOG2E,
+    ], {
+        "GROUP": group, "PACK": c.PACK_HEADS, "HEADS": c.HEADS, "STAGES": c.num_stages, "Q_STAGES": c.Q_STAGES,
+        "VARLEN": sequences.varlen, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
     }, num_warps=4, maxnreg=c.registers_per_thread)
 
 
