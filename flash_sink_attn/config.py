@@ -486,6 +486,9 @@ def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
                 f"got {shape.head_dim}/{shape.head_dim_v}")
     if form == HopperBwdForm.SLIDE and shape.head_dim != 64:
         return f"FORM 2 needs head dim 64, got {shape.head_dim}"
+    if form == HopperBwdForm.SLIDE and shape.group == 1:
+        # its inner loop, over the group's heads, is then none, and ptxas lets every matrix product wait for the last
+        return "FORM 2 needs a group of two heads or more"
     if c.BLOCK_M == 128 and shape.group == 1:
         return "BLOCK_M 128 needs a group of two heads or more"
     width = 64 if shape.head_dim <= 64 else 128

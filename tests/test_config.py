@@ -225,8 +225,8 @@ def test_the_hopper_backward_has_no_head_dims_that_differ() -> None:
 
 
 def test_two_heads_at_once_need_two_heads() -> None:
-    two = dataclasses.replace(RECOMPUTE, BLOCK_M=128)
-    assert reason(two, "hopper_bwd", group=2) is None and "a group" in str(reason(two, "hopper_bwd", group=1))
+    for two in (dataclasses.replace(RECOMPUTE, BLOCK_M=128), SLIDE):
+        assert reason(two, "hopper_bwd", group=2) is None and "a group" in str(reason(two, "hopper_bwd", group=1))
 
 
 def test_warps_of_the_hopper_kernels_are_their_warpgroups() -> None:

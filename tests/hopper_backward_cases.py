@@ -1,0 +1,281 @@
+"""Calls of the Hopper backward as plain data, so that another process can make them: as tests.hopper_cases.
+
+``python -m tests.hopper_backward_cases`` answers tests.hopper_worker's Worker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flash_sink_attn.config import HopperBwdConfig, HopperFwdConfig, limits_of, reject_reason
+from flash_sink_attn.reference import attention_reference_gradients, eager_gradients
+from flash_sink_attn.testing import AttentionInputs, check
+from tests.hopper_cases import LAYOUTS, _laid_out, _poisoned_memory, _same
+from tests.hopper_cases import Case as ForwardCase
+
+FORWARD = HopperFwdConfig(64, 64)  # one that every head dim and group has; it is not what is tested
+ACCUMULATE_64, ACCUMULATE_128 = HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128)
+RECOMPUTE, RECOMPUTE_TWO = HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(128, 128, FORM=1)
+SLIDE, SLIDE_SHORT = HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 2, FORM=2, BUFFERS=3)
+# (head dim, configuration), and a window where it is made for one
+FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
+    "64": (64, ACCUMULATE_64, None),
+    "96": (96, ACCUMULATE_128, None),
+    "128": (128, ACCUMULATE_128, None),
+    "64-window": (64, ACCUMULATE_64, 256),
+    "64-recompute": (64, RECOMPUTE, 200),
+    "64-recompute-two": (64, RECOMPUTE_TWO, 128),
+    "96-recompute": (96, RECOMPUTE, 100),
+    "128-recompute": (128, RECOMPUTE, 256),
+    "128-recompute-two": (128, RECOMPUTE_TWO, None),
+    "64-slide": (64, SLIDE, 128),
+    "64-slide-short": (64, SLIDE_SHORT, 37),
+}
+SINKS = ("normal", "none", "absent", "high", "low", "half")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(ForwardCase):
+    """One call and its backward.
+
+    Attributes:
+        config: fields of HopperBwdConfig.
+        wanted: of which of q, k, v and s(inks) a gradient is.
+        dlse: whether lse has a gradient, too.
+        deterministic: whether the caller asks for the same bits each time.
+    """
+
+    wanted: str = "qkvs"
+    dlse: bool = False
+    deterministic: bool = False
+
+    def rejected(self) -> str | None:
+        return reject_reason(HopperBwdConfig(**self.config), "hopper_bwd", head_dim=self.head_dim,
+                             head_dim_v=self.head_dim_v, group=self.group, limits=limits_of(90))
+
+    def gradient_of_lse(self, x: AttentionInputs) -> torch.Tensor | None:
+        if not self.dlse:
+            return None
+        packed = x.cu_seqlens_q is not None
+        shape = (x.q.shape[1], x.q.shape[0]) if packed else (x.q.shape[0], x.q.shape[2], x.q.shape[1])
+        generator = torch.Generator(device=x.q.device).manual_seed(self.seed + 1)
+        return torch.randn(shape, generator=generator, device=x.q.device)
+
+
+def case(of: tuple[int, HopperBwdConfig, int | None], **more: Any) -> Case:
+    """A call of a family, with a group of two unless something else is said."""
+    head_dim, config, window = of
+    return Case(head_dim, config.to_dict(), **{"heads_kv": 2, "group": 2, "window": window} | more)
+
+
+def call(case: Case, x: AttentionInputs) -> dict[str, torch.Tensor]:
+    """The wanted gradients by the public function, in memory that was full of NaN."""
+    from flash_sink_attn import flash_sink_attn_func, flash_sink_attn_varlen_func
+
+    how: dict[str, Any] = {"return_lse": True, "impl": "hopper", "deterministic": case.deterministic or None,
+                           "config": {"hopper_fwd": FORWARD, "hopper_bwd": case.config}}
+    given = {name: None if t is None else t.detach().requires_grad_(name[0] in case.wanted)
+             for name, t in (("q", x.q), ("k", x.k), ("v", x.v), ("sinks", x.sinks))}
+    with _poisoned_memory():
+        if x.cu_seqlens_q is None:
+            o, lse = flash_sink_attn_func(*given.values(), case.window, **how)  # type: ignore[arg-type]
+        else:
+            own_k = x.cu_seqlens_k if case.seqlens_k != case.seqlens else None
+            o, lse = flash_sink_attn_varlen_func(*given.values(), x.cu_seqlens_q, case.window,  # type: ignore[arg-type]
+                                                 cu_seqlens_k=own_k, **how)
+        leaves = {f"d{name}": t for name, t in given.items() if t is not None and t.requires_grad}
+        dlse = case.gradient_of_lse(x)
+        outputs, gradients = ((o,), (x.do,)) if dlse is None else ((o, lse), (x.do, dlse))
+        return dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), gradients), strict=True))
+
+
+def problems(case: Case, device: str = "cuda", call: Callable[..., dict[str, torch.Tensor]] = call) -> list[str]:
+    """What is wrong with the gradients: they break the error rule, change from call to call, or leak."""
+    if reason := case.rejected():
+        return [f"not a valid case: {reason}"]
+    x = case.inputs(device)
+    found, again = call(case, x), call(case, x)
+    reproducible = HopperBwdConfig(**case.config).reproducible
+    wrong = [f"{name}: not the same bits twice" for name in found
+             if (reproducible or name != "dq") and not _same(found[name], again[name])]
+    sinks = None if x.sinks is None else x.sinks.float()
+    given: dict[str, Any] = {"window": case.window, "cu_seqlens_q": x.cu_seqlens_q, "cu_seqlens_k": x.cu_seqlens_k,
+                             "dlse": case.gradient_of_lse(x)}
+    truth = attention_reference_gradients(x.q, x.k, x.v, sinks, x.do, **given)
+    eager = eager_gradients(x.q, x.k, x.v, sinks, x.do, **given)
+    for results in (found, again):
+        judged = {name: t.float() if name == "dsinks" else t for name, t in results.items()}
+        wrong += [outcome.message for outcome in check(judged, truth, eager, case.torch_dtype).values()
+                  if not outcome.ok]
+    if case.poison:
+        wrong += _leaks(case, x, found, call)
+    return wrong
+
+
+def _leaks(case: Case, x: AttentionInputs, clean: dict[str, torch.Tensor],
+           call: Callable[..., dict[str, torch.Tensor]]) -> list[str]:
+    """Gradients of the others when one sequence is full of NaN and infinities: the same bits, or where sums have no
+    order nearly the same numbers."""
+    parts = {name: getattr(x, name).clone() for name in ("q", "k", "v")}
+    if x.cu_seqlens_q is not None and x.cu_seqlens_k is not None:
+        victim = max(range(len(case.seqlens)), key=lambda i: (0 < i < len(case.seqlens) - 1, case.seqlens_k[i]))
+        at_q, at_k = (slice(int(cu[victim]), int(cu[victim + 1])) for cu in (x.cu_seqlens_q, x.cu_seqlens_k))
+    else:
+        victim = min(1, case.batch - 1)
+        at_q = at_k = slice(victim, victim + 1)
+    for name, tensor in parts.items():
+        part = tensor[at_q if name == "q" else at_k]
+        part.fill_(math.nan)
+        part[..., ::2] = math.inf
+    q, k, v = _laid_out(parts["q"], parts["k"], parts["v"], case.layout)
+    dirty = call(case, dataclasses.replace(x, q=q, k=k, v=v))
+    ordered, wrong = HopperBwdConfig(**case.config).reproducible, []
+    for name, at in (("dq", at_q), ("dk", at_k), ("dv", at_k)):
+        if name in clean:
+            keep = torch.ones(clean[name].shape[0], dtype=torch.bool, device=clean[name].device)
+            keep[at] = False
+            a, b = clean[name][keep].float(), dirty[name][keep].float()
+            same = _same(a, b) if ordered or name != "dq" else torch.allclose(a, b, rtol=0.02, atol=0.02)
+            wrong += [] if same else [f"{name}: NaN or infinity of one sequence reached another"]
+    return wrong
+
+
+def build(case: Case, note: Callable[..., Any] | None = None) -> None:
+    """Compile the kernels that the call will use, without a GPU; or only tell ``note`` of each launch."""
+    from flash_sink_attn.hopper import launch_backward, launch_forward
+    from flash_sink_attn.layout import Sequences
+
+    x = case.inputs("cpu")
+    q, k, v = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (x.q, x.k, x.v))
+    sinks = None if x.sinks is None else x.sinks.to("meta")
+    o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device="meta")
+    if x.cu_seqlens_q is None:
+        lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), device="meta")
+        sequences = Sequences(q.shape[0], q.shape[1], k.shape[1])
+    else:
+        assert x.cu_seqlens_k is not None
+        lse = torch.empty((q.shape[1], q.shape[0]), device="meta")
+        own_k = x.cu_seqlens_k.to("meta") if case.seqlens_k != case.seqlens else None
+        sequences = Sequences(len(case.seqlens), q.shape[0], k.shape[0], x.cu_seqlens_q.to("meta"), own_k)
+    keys = k.shape[0] if case.seqlens else k.shape[1]
+    window = None if case.window is not None and case.window >= keys else case.window
+    how: dict[str, Any] = {"sequences": sequences, "window": window, "scale": q.shape[-1] ** -0.5}
+    want = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") if t is not None and name in case.wanted else None
+            for name, t in (("q", q), ("k", k), ("v", v), ("s", sinks))}
+    modules: tuple[Any, Any] = (launch_forward, launch_backward)
+    before = [module.launch for module in modules]
+    if note is not None:
+        launch_forward.launch = launch_backward.launch = note
+    try:
+        launch_forward.forward(q, k, v, sinks, o, lse, config=FORWARD, **how)
+        launch_backward.backward(q, k, v, sinks, o, lse, o, lse if case.dlse else None, *want.values(),
+                                 config=HopperBwdConfig(**case.config), deterministic=case.deterministic, **how)
+    finally:
+        for module, launch in zip(modules, before, strict=True):
+            module.launch = launch
+
+
+def kernels_of(case: Case) -> tuple[str, ...]:
+    """Names the kernels that the call will use: equal for cases that share them."""
+    found = []
+
+    def note(kernel: Any, programs: int, device: Any, runtime: list[Any], constants: dict[str, Any], **how: Any) -> None:
+        kinds = [(x.base.dtype, x.block_shape) if hasattr(x, "block_shape") else getattr(x, "dtype", type(x))
+                 for x in runtime]
+        found.append(repr((kernel.__name__, kinds, constants, how)))
+
+    build(case, note)
+    return tuple(found)
+
+
+def _draw_config(r: random.Random, head_dim: int, group: int) -> HopperBwdConfig:
+    while True:
+        form = r.choice((0, 0, 1, 1, 2) if head_dim > 64 else (0, 0, 1, 1, 2, 2))
+        config = HopperBwdConfig(
+            BLOCK_M=r.choice((64, 64, 128)), BLOCK_N=r.choice((64, 128, 192)), num_stages=r.choice((1, 2, 2, 3, 4)),
+            maxnreg=r.choice((None, None, None, 104, 128)), FORM=form, BUFFERS=r.choice((0, 0, 1, 2, 3, 4)))
+        if reject_reason(config, "hopper_bwd", head_dim=head_dim, head_dim_v=head_dim, group=group,
+                         limits=limits_of(90)) is None:
+            return config
+
+
+def draw(seed: int, kinds: int = 24, longest: int = 700) -> Case:
+    """The case of a seed. There are ``kinds`` kinds of them: what decides which kernels are compiled belongs to the
+    kind, all else to the seed."""
+    own = random.Random(f"backward case {seed}")
+    kind = own.randrange(kinds)
+    r = random.Random(f"backward kind {kind}")
+    head_dim = (64, 128, 64, 96, 64, 128)[kind % 6]
+    group = r.choice((1, 2, 5, 7, 8))
+    config = _draw_config(r, head_dim, group)
+    varlen, own_keys = r.random() < 0.4, r.random() < 0.3
+    slides = config.FORM == 2
+    windowed = slides or r.random() < (0.4 if config.FORM == 0 else 0.7)
+    # one side of where the forward's edges meet, and of where the slide ends
+    low, high = r.choice(((1, 125), (130, 2 * longest))) if not slides else r.choice(((1, 125), (126, 129)))
+    if slides:
+        own_keys = False
+    sinks = r.choice(("normal", "normal", "none", "half"))
+    if sinks == "normal":
+        sinks = own.choice(("normal", "normal", "absent", "high", "low"))
+    wanted = r.choice(("qkvs", "qkvs", "qkvs", "qkv"))
+
+    def length() -> int:
+        return own.choice((1, 2, 63, 64, 65, own.randint(3, 200), own.randint(100, longest), own.randint(100, longest)))
+
+    shape: dict[str, Any] = {}
+    if varlen:
+        count = own.choice((1, 2, 3, 4, 9))
+        shape["seqlens"] = [own.choice((0, length(), length())) for _ in range(count)]
+        shape["seqlens"][own.randrange(count)] = length()
+        if own_keys:
+            shape["seqlens_k"] = [own.choice((0, n, n + own.randint(1, 100), length())) for n in shape["seqlens"]]
+            shape["seqlens_k"][own.randrange(count)] = length()
+            if shape["seqlens_k"] == shape["seqlens"]:
+                shape["seqlens_k"][0] += 1
+        keys = sum(shape.get("seqlens_k", shape["seqlens"]))
+    else:
+        n = length()
+        shape = {"batch": own.choice((1, 1, 2, 3)), "seqlen_q": n,
+                 "seqlen_k": n if slides else own.choice((n, n, n + own.randint(1, longest), max(1, n // 3)))}
+        keys = shape["seqlen_k"]
+    window = None
+    if windowed:
+        if keys <= low:  # its window would hide nothing, another kernel
+            n = low + 1 + own.randint(0, 99)
+            shape = {"seqlens": [n], **({"seqlens_k": [n + 1]} if own_keys else {})} if varlen else {
+                "batch": 2, "seqlen_q": n, "seqlen_k": n}
+            keys = n
+        window = own.choice((low, own.randint(low, min(high, keys - 1))))
+    return Case(head_dim, config.to_dict(), 0, r.choice(("bfloat16", "float16")),
+                own.choice((1, 1, 2, 3) if group < 5 else (1, 1, 2)), group, window, sinks=sinks,
+                layout=own.choice(("contiguous", "contiguous", *LAYOUTS[1:])), poison=own.random() < 0.3, seed=seed,
+                wanted=own.choice((wanted, wanted, "kvs" if "s" in wanted else "kv", "qs" if "s" in wanted else "q")),
+                dlse=r.random() < 0.4, deterministic=config.FORM > 0 and own.random() < 0.3, **shape)
+
+
+def main() -> None:
+    """As tests.hopper_worker's."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what others print is no answer
+    for line in sys.stdin:
+        fatal = False
+        try:
+            found = problems(Case(**json.loads(line)))
+        except Exception as error:  # a result like any other
+            found = [f"{type(error).__name__}: {error}"[:2000]]
+            fatal = "CUDA" in str(error)
+        print(json.dumps([found, fatal]), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
