@@ -188,7 +188,8 @@ def kernels_of(case: Case) -> tuple[str, ...]:
     """Names the kernels that the call will use: equal for cases that share them."""
     found = []
 
-    def note(kernel: Any, programs: int, device: Any, runtime: list[Any], constants: dict[str, Any], **how: Any) -> None:
+    def note(kernel: Any, programs: int, device: Any, runtime: list[Any], constants: dict[str, Any],
+             **how: Any) -> None:
         kinds = [(x.base.dtype, x.block_shape) if hasattr(x, "block_shape") else getattr(x, "dtype", type(x))
                  for x in runtime]
         found.append(repr((kernel.__name__, kinds, constants, how)))

@@ -1,0 +1,117 @@
+"""The Hopper backward compiled for sm_90 without one: what the assembler made of every form.
+
+Needs a Triton with which the kernels are known to build; CI has one beside the newest, see .ci/run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flash_sink_attn.hopper import support
+from tests.hopper_backward_cases import FAMILIES, case
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBLEM = support.gluon_problem()
+pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"the Hopper kernels cannot be built: {PROBLEM}")
+
+# By name: every family, and of some what takes more registers or another way through the code.
+CASES = {name: case(of, seqlen_q=4096, group=8) for name, of in FAMILIES.items()}
+for _name in ("64", "128", "64-recompute", "128-recompute", "64-slide"):
+    CASES[f"{_name}-varlen"] = case(FAMILIES[_name], seqlens=(4096, 100), group=8)
+for _name in ("64", "128", "128-recompute"):
+    CASES[f"{_name}-own-keys"] = case(FAMILIES[_name], seqlens=(4096, 100), seqlens_k=(4000, 300), group=7, dlse=True)
+    CASES[f"{_name}-heads"] = case(FAMILIES[_name], seqlen_q=1000, seqlen_k=2000, group=1, dtype="float16", dlse=True)
+CASES["64-slide-no-sinks"] = case(FAMILIES["64-slide"], seqlen_q=4096, sinks="none", group=7, dtype="float16")
+# Kernels with a loop that multiplies and loads or stores what did not fit in registers: addresses, and at head dim 128
+# some of the masks' operands. What gets better has to leave this list.
+SPILLING: dict[str, set[str]] = {}
+
+# In a process of its own: it must neither touch a GPU nor enter the interpreter. ptxas says of each kernel whether it
+# made the matrix instructions wait for each other (C7510 to C7519).
+CODE = """
+import json, re, subprocess, sys, tempfile
+from flash_sink_attn.compile_only import set_target
+from flash_sink_attn.hopper import launch_backward, launch_forward
+from flash_sink_attn.machine_code import disassemble, tool
+from flash_sink_attn.sass_loops import matrix_loops
+from tests.hopper_backward_cases import Case, build
+
+set_target(90)
+real, kernels = launch_backward.launch, {}
+
+def launch(kernel, *of, **how):
+    compiled = real(kernel, *of, **how)
+    sass = disassemble(compiled.asm["cubin"])
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        said = subprocess.run([tool("ptxas"), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"],
+                              capture_output=True, text=True)
+    loops = matrix_loops(sass)
+    kernels[kernel.__name__] = dict(
+        hgmma=len(re.findall(r"\\bHGMMA\\b", sass)), shared=compiled.metadata.shared, ptxas=said.returncode,
+        warnings=sorted(set(re.findall(r"C75\\d\\d", said.stdout + said.stderr))),
+        serialised=sum(x.serialised for x in loops), spills=sum(x.spills for x in loops))
+    return compiled
+
+launch_backward.launch, launch_forward.launch = launch, lambda *of, **how: None
+for line in sys.stdin:
+    name, fields = json.loads(line)
+    kernels = {}
+    build(Case(**fields))
+    print(json.dumps([name, kernels]))
+"""
+MATRIX = {0: {"hopper_bwd_keys_kernel"}, 1: {"hopper_bwd_keys_kernel", "hopper_bwd_queries_kernel"},
+          2: {"hopper_bwd_slide_kernel"}}
+BESIDE = {0: {"hopper_bwd_rows_kernel", "hopper_bwd_round_kernel"}, 1: set(), 2: {"hopper_bwd_join_kernel"}}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What was made of every case, with nothing in the cache."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "FLASH_SINK_ATTN_COMPILE_ONLY": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    cases = [json.dumps([name, of.to_dict()]) for name, of in CASES.items()]
+    halves = [subprocess.Popen([sys.executable, "-c", CODE], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for i, half in enumerate(halves):
+        assert half.stdin is not None
+        half.stdin.write("\n".join(cases[i::2]))
+        half.stdin.close()
+        half.stdin = None
+    found = {}
+    for half in halves:
+        out, error = half.communicate(timeout=400)
+        assert half.returncode == 0, error[-2000:]
+        found |= dict(json.loads(line) for line in out.splitlines())
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_multiplies_on_the_tensor_cores_and_does_not_serialise(built: dict[str, Any], name: str) -> None:
+    form = CASES[name].config["FORM"]
+    assert set(built[name]) == MATRIX[form] | BESIDE[form]
+    for kernel in MATRIX[form]:
+        found = built[name][kernel]
+        assert found["hgmma"] >= 12 and found["ptxas"] == 0 and found["warnings"] == [], (kernel, found)
+        assert not found["serialised"] and 0 < found["shared"] <= 232448 - 1024, (kernel, found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_which_loops_spill(built: dict[str, Any], name: str) -> None:
+    form = CASES[name].config["FORM"]
+    spilling = {kernel.split("_")[2] for kernel in MATRIX[form] if built[name][kernel]["spills"]}
+    assert spilling == SPILLING.get(name, set()), built[name]
+
+
+def test_two_programs_that_make_dq_fit_a_multiprocessor(built: dict[str, Any]) -> None:
+    """Each takes 1 KiB more than it asks for; a multiprocessor has 228 KiB."""
+    assert 2 * (built["128-recompute"]["hopper_bwd_queries_kernel"]["shared"] + 1024) <= 228 * 1024
