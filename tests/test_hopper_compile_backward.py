@@ -31,7 +31,8 @@ for _name in ("64", "128", "128-recompute"):
 CASES["64-slide-no-sinks"] = case(FAMILIES["64-slide"], seqlen_q=4096, sinks="none", group=7, dtype="float16")
 # Kernels with a loop that multiplies and loads or stores what did not fit in registers: addresses, and at head dim 128
 # some of the masks' operands. What gets better has to leave this list.
-SPILLING: dict[str, set[str]] = {}
+SPILLING = {"96": {"keys"}, "128": {"keys"}, "128-varlen": {"keys"}, "128-own-keys": {"keys"},
+            "64-slide-varlen": {"slide"}}
 
 # In a process of its own: it must neither touch a GPU nor enter the interpreter. ptxas says of each kernel whether it
 # made the matrix instructions wait for each other (C7510 to C7519).
