@@ -100,14 +100,31 @@ class _Flow:
             for other in after:
                 self.predecessors[other].add(block)
 
+    def _roots(self) -> set[int]:
+        """The first block, and where jumps by a table (of warp-specialised kernels) go: of what nothing else reaches,
+        the block that lies first."""
+        roots: set[int] = set()
+        reached: set[int] = set()
+        for block in range(len(self.bounds)):
+            if block in reached:
+                continue
+            roots.add(block)
+            waiting = [block]
+            while waiting:
+                if (member := waiting.pop()) not in reached:
+                    reached.add(member)
+                    waiting += self.successors[member]
+        return roots
+
     def loops(self) -> dict[int, set[int]]:
         """Header block -> the blocks of its natural loop (Aho, Sethi and Ullman, 9.6)."""
         everything = set(range(len(self.bounds)))
-        dominators = [{0}] + [set(everything) for _ in self.bounds[1:]]
+        roots = self._roots()
+        dominators = [{block} if block in roots else set(everything) for block in everything]
         changed = True
         while changed:
             changed = False
-            for block in range(1, len(self.bounds)):
+            for block in sorted(everything - roots):
                 before = [dominators[p] for p in self.predecessors[block]]
                 found = (set.intersection(*before) if before else set()) | {block}
                 changed |= found != dominators[block]

@@ -51,7 +51,10 @@ class Worker:
             code = self._process.wait()
             self._process = None
             return [f"the process ended with status {code}"]
-        found: list[str] = json.loads(line)
+        found: list[str]
+        found, ends = json.loads(line)
+        if ends:
+            self.close()
         return found
 
     def _start(self) -> None:
@@ -76,7 +79,8 @@ class Worker:
 
 
 def main() -> None:
-    """A case per line of stdin, its problems per line of stdout. A CUDA error ends the process: nothing can follow."""
+    """A case per line of stdin; per line of stdout its problems, and whether the process is of no more use: after a
+    CUDA error nothing can follow."""
     from tests.hopper_cases import Case, problems
 
     answers = os.fdopen(os.dup(1), "w")
@@ -88,9 +92,7 @@ def main() -> None:
         except Exception as error:  # a result like any other
             found = [f"{type(error).__name__}: {error}"[:2000]]
             fatal = "CUDA" in str(error)
-        print(json.dumps(found), file=answers, flush=True)
-        if fatal:
-            os._exit(1)
+        print(json.dumps([found, fatal]), file=answers, flush=True)
 
 
 if __name__ == "__main__":

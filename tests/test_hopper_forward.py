@@ -152,6 +152,7 @@ def test_random_shapes(worker: Worker, seed: int) -> None:
 def test_every_case_is_valid_and_all_of_a_kind_use_one_kernel() -> None:
     drawn = [draw(seed) for seed in range(300)]
     assert {c.rejected() for c in drawn} == {None}
+    assert {c.config["PACK_HEADS"] for c in drawn} >= {0, 4}
     assert len({(c.config["BLOCK_M"], c.config["BLOCK_N"], c.config["HEADS"], c.head_dim) for c in drawn}) > 12
     assert {c.head_dim for c in drawn} == {64, 96, 128, 192, 256} and {c.sinks for c in drawn} == set(SINKS)
     assert {c.values for c in drawn} == set(VALUES) and {c.layout for c in drawn} == set(LAYOUTS)
@@ -207,10 +208,10 @@ def test_a_hang_and_a_crash_are_failures() -> None:
             "    what = json.loads(line)['seed']\n"
             "    what == 1 and time.sleep(60)\n"
             "    what == 2 and os._exit(7)\n"
-            "    print(json.dumps([f'{what} of {os.getpid()}']), flush=True)\n")
+            "    print(json.dumps([[f'{what} of {os.getpid()}'], what == 3]), flush=True)\n")
     worker = Worker((sys.executable, "-c", code))
-    answers = [worker.ask({"seed": seed}, 0.5 if seed == 1 else 30) for seed in (0, 1, 0, 2, 0)]
-    first, hang, second, crash, third = answers
+    answers = [worker.ask({"seed": seed}, 0.5 if seed == 1 else 30) for seed in (0, 1, 0, 2, 0, 3, 0)]
+    first, hang, second, crash, third, last, fourth = answers
     worker.close()
     assert "hangs" in hang[0] and crash == ["the process ended with status 7"]
-    assert len({first[0], second[0], third[0]}) == 3
+    assert len({first[0], second[0], third[0], fourth[0]}) == 4 and last[0].split()[2] == third[0].split()[2]

@@ -1,0 +1,105 @@
+"""The Hopper forward compiled for sm_90 without one: what the assembler made of the loops that take all the time.
+
+Needs a Triton with which the kernels are known to build; CI has one beside the newest, see .ci/run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flash_sink_attn.hopper import support
+from tests.hopper_cases import FAMILIES, case
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBLEM = support.gluon_problem()
+pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"the Hopper kernels cannot be built: {PROBLEM}")
+
+# By name: every family, and packed batches of some, which take more registers.
+CASES = {name: case(of, seqlen_q=4096, window=window) for name, (of, window) in FAMILIES.items()}
+CASES |= {f"{name}-varlen": case(FAMILIES[name][0], seqlens=(4096, 100), window=FAMILIES[name][1])
+          for name in ("64", "64-window", "128", "128-window-tokens", "192")}
+# Where the assembler puts the exponentials behind the wait for O, so that one warpgroup overlaps nothing; where several
+# programs or more warpgroups share a multiprocessor the others fill in. What gets better has to leave these lists.
+WITHOUT_OVERLAP = {"64-four-warpgroups", "64-window", "128-window", "64-varlen", "64-window-varlen",
+                   "128-window-tokens-varlen"}
+SPILLING = {"64-varlen"}
+
+# In a process of its own: it must neither touch a GPU nor enter the interpreter. ptxas says of each kernel whether it
+# made the matrix instructions wait for each other (C7510 to C7519).
+CODE = """
+import json, re, subprocess, sys, tempfile
+from flash_sink_attn.compile_only import set_target
+from flash_sink_attn.machine_code import disassemble, fault_of, tool
+from flash_sink_attn.sass_loops import matrix_loops
+from tests.hopper_cases import Case, build
+
+set_target(90)
+for line in sys.stdin:
+    name, fields = json.loads(line)
+    compiled = build(Case(**fields))
+    sass = disassemble(compiled.asm["cubin"])
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        said = subprocess.run([tool("ptxas"), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"],
+                              capture_output=True, text=True)
+    print(json.dumps([name, dict(
+        hgmma=len(re.findall(r"\\bHGMMA\\b", sass)), shared=compiled.metadata.shared, fault=fault_of(compiled),
+        ptxas=said.returncode, warnings=sorted(set(re.findall(r"C75\\d\\d", said.stdout + said.stderr))),
+        loops=[dict(order=x.order, masks=x.masks, spills=x.spills, serialised=x.serialised, overlapped=x.overlapped,
+                    overlap=x.overlap, exponentials=x.events.count("exp")) for x in matrix_loops(sass)])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What was made of every family, with nothing in the cache."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "FLASH_SINK_ATTN_COMPILE_ONLY": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    cases = [json.dumps([name, of.to_dict()]) for name, of in CASES.items()]
+    halves = [subprocess.Popen([sys.executable, "-c", CODE], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for i, half in enumerate(halves):
+        assert half.stdin is not None
+        half.stdin.write("\n".join(cases[i::2]))
+        half.stdin.close()
+        half.stdin = None
+    found = {}
+    for half in halves:
+        out, error = half.communicate(timeout=400)
+        assert half.returncode == 0, error[-2000:]
+        found |= dict(json.loads(line) for line in out.splitlines())
+    return found
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_it_multiplies_on_the_tensor_cores_and_does_not_serialise(built: dict[str, Any], family: str) -> None:
+    kernel = built[family]
+    assert kernel["hgmma"] >= 16 and kernel["loops"] and kernel["fault"] is None, kernel
+    assert kernel["ptxas"] == 0 and kernel["warnings"] == [], kernel
+    assert not any(loop["serialised"] for loop in kernel["loops"]), kernel
+    assert 0 < kernel["shared"] <= 232448
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_no_loop_that_multiplies_spills(built: dict[str, Any], family: str) -> None:
+    """Stack that is used where a partition begins costs nothing; in the loops it would."""
+    spilling = [loop for loop in built[family]["loops"] if loop["spills"]]
+    assert bool(spilling) == (family in SPILLING), built[family]
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_the_softmax_of_a_block_runs_beside_the_product_before_it(built: dict[str, Any], family: str) -> None:
+    """QK of this block, PV of the one before, a wait for the first, the exponentials, a wait for the second; in every
+    warpgroup's loop without masks, which is where a long row is."""
+    loops = built[family]["loops"]
+    free = [loop for loop in loops if loop["masks"] < loop["exponentials"] / 2] or loops
+    assert all(loop["overlapped"] for loop in free) == (family not in WITHOUT_OVERLAP), free
