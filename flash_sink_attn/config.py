@@ -426,6 +426,9 @@ def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
                                  ("Q_STAGES", c.Q_STAGES, (1, 2, 3, 4))):
         if value not in allowed:
             return f"{name} must be one of {allowed}, got {value}"
+    if c.num_stages < 2:
+        # a block of V is given back only once the next block of K has come, which the loader brings after it
+        return f"num_stages must be at least 2, got {c.num_stages}"
     if not 0 <= c.PROGRAMS_PER_SM <= 8:
         return f"PROGRAMS_PER_SM must be from 0 to 8, got {c.PROGRAMS_PER_SM}"
     if c.HEADS < 0 or c.HEADS and (c.HEADS - 1) * c.warpgroups >= shape.group:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -184,7 +184,8 @@ def test_strides_are_read_in_place() -> None:
 
 
 @needs_cuda
-def test_more_than_two_to_the_31_elements() -> None:
+@pytest.mark.parametrize("impl", ["triton", None])
+def test_more_than_two_to_the_31_elements(impl: Literal["triton"] | None) -> None:
     """The last sequence's last rows lie beyond what a 32-bit offset reaches."""
     batch, length, heads, dim = 3, 8192, 128, 256
     q = torch.empty(batch, length * 3, heads, dim, dtype=torch.bfloat16, device=DEVICE)
@@ -194,9 +195,14 @@ def test_more_than_two_to_the_31_elements() -> None:
     from flash_sink_attn import flash_sink_attn_func
 
     k, v = (t.expand(batch, -1, -1, -1) for t in (tail.k, tail.v))
-    whole = flash_sink_attn_func(q, k, v, tail.sinks, 40)
-    part = flash_sink_attn_func(tail.q, tail.k, tail.v, tail.sinks, 40)
-    assert torch.equal(whole[-1, -320:], part[0])
+    if impl is None:  # whatever the card's own choice is: the copy engine reads no strides of 0
+        k, v = k.contiguous(), v.contiguous()
+    whole = flash_sink_attn_func(q, k, v, tail.sinks, 40, impl=impl)
+    part = flash_sink_attn_func(tail.q, tail.k, tail.v, tail.sinks, 40, impl=impl)
+    if impl is None:  # another length may be given other tiles
+        assert (whole[-1, -320:] - part[0]).abs().max() <= 2**-7 * part.abs().max()
+    else:
+        assert torch.equal(whole[-1, -320:], part[0])
     assert (whole[-1, :-320] == 0).all()
 
 
