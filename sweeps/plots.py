@@ -206,7 +206,9 @@ def speedup_figures(selection: Selection) -> dict[str, Figure]:
     for group in grouped(whole, lambda r: family_key(r)[:6]):
         if len(group) > len(grouped(group, family_key)):
             for part, chunk in enumerate(chunks(group, 40)):
-                names = [f"{DTYPE_SHORT[r.case.dtype]}, {_family_title(r)}, {length_label(r.case)}" for r in chunk]
+                # the family's title already names a varlen batch
+                names = [f"{DTYPE_SHORT[r.case.dtype]}, {_family_title(r)}, "
+                         f"{length_label(r.case).removeprefix(f'{r.case.varlen} ')}" for r in chunk]
                 figure = _speedup_bars([(name, [r]) for name, r in zip(names, chunk, strict=True)], mean=False)
                 figure.suptitle(f"{model_label(group[0])}: speedup")
                 figures[f"speedup-{slug(model_label(group[0]))}" + (f"-{part + 1}" if part else "")] = figure
@@ -215,7 +217,7 @@ def speedup_figures(selection: Selection) -> dict[str, Figure]:
 
 def _speedup_bars(bars: Sequence[tuple[str, Sequence[CaseResult]]], *, mean: bool) -> Figure:
     figure, axes = figure_of(1, 3, 12.5, max(2.0, 1.25 + 0.27 * len(bars)), sharey=True)
-    titles = {"eager": "over eager", "flash": "over the best of FlashAttention and cuDNN",
+    titles = {"eager": "over eager", "flash": "over the best of\nFlashAttention and cuDNN",
               "default": "over our untuned heuristic"}
     for ax, (name, title) in zip(axes[0], titles.items(), strict=True):
         seen = []
