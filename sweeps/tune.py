@@ -36,10 +36,35 @@ _WINDOW: dict[str, Any] = {
                  {"BLOCK_M": 16, "BLOCK_N": 64, "num_stages": 3, "SPLIT_LOOPS": False, "TMA": False}],
 }
 _POWERS = (16, 32, 64, 128, 256)
+# The same for the Hopper kernels, by whether both head dims are at most 64.
+_HOPPER_CAUSAL: dict[bool, dict[str, Any]] = {
+    True: {"hopper_fwd": [{"BLOCK_M": 192, "BLOCK_N": 128, "num_stages": 3, "PROGRAMS_PER_SM": [0, 1]},
+                          {"BLOCK_M": 256, "BLOCK_N": 64, "num_stages": 4, "PROGRAMS_PER_SM": 1}],
+           "hopper_bwd": {"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": [3, 4]}},
+    False: {"hopper_fwd": [{"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2, "PROGRAMS_PER_SM": [0, 1]},
+                           {"BLOCK_M": 128, "BLOCK_N": 64, "num_stages": 2, "SHARE_Q": True, "PROGRAMS_PER_SM": 1}],
+            "hopper_bwd": {"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 2}},
+}
+_HOPPER_WINDOW: dict[bool, dict[str, Any]] = {
+    True: {"hopper_fwd": [{"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 3, "Q_STAGES": 2, "HEADS": [1, 2],
+                           "PACK_HEADS": 4, "maxnreg": 80},
+                          {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 2, "PROGRAMS_PER_SM": 3, "maxnreg": 80},
+                          {"BLOCK_M": 256, "BLOCK_N": 64, "num_stages": 4, "PROGRAMS_PER_SM": 1}],
+           "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 192, "num_stages": [3, 4], "FORM": 2},
+                          {"BLOCK_M": 64, "BLOCK_N": 64, "FORM": 1},
+                          {"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 4}]},
+    False: {"hopper_fwd": [{"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 2, "Q_STAGES": [1, 2],
+                            "SHARE_Q": _BOTH, "PROGRAMS_PER_SM": 2},
+                           {"BLOCK_M": 128, "BLOCK_N": 64, "num_stages": 5, "Q_STAGES": 2, "HEADS": 4,
+                            "SHARE_Q": True, "PROGRAMS_PER_SM": 1},
+                           {"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2, "PROGRAMS_PER_SM": 1}],
+            "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 64, "FORM": 1},
+                           {"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 2}]},
+}
 
 
 def tune_spec(model: Model, seqlens: Sequence[int] = (), windows: Sequence[int | None] = ()) -> SweepSpec:
-    """The sweep of a model: forward and backward of our kernel on each of its attentions, windows and lengths.
+    """The sweep of a model: forward and backward of our kernels on each of its attentions, windows and lengths.
 
     Args:
         model: see :func:`sweeps.models.read_model`.
@@ -63,8 +88,8 @@ def tune_spec(model: Model, seqlens: Sequence[int] = (), windows: Sequence[int |
                             "tunables": _tiles(a, window)}
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"tune-{model.name}").strip("-.")
     return SweepSpec.model_validate({
-        "name": name, "description": f"Block sizes for {model.name}.", "device": "cuda", "implementations": ["triton"],
-        "passes": ["fwd", "bwd"], "groups": groups,
+        "name": name, "description": f"Block sizes for {model.name}.", "device": "cuda",
+        "implementations": ["triton", "hopper"], "passes": ["fwd", "bwd"], "groups": groups,
         "timing": {"precision": 0.01, "max_ms": 80, "warmup_ms": 5, "wall_ms": 0}})
 
 
@@ -97,9 +122,8 @@ def _workloads(windows: Sequence[int | None], lengths: Sequence[int]) -> Iterato
 
 
 def _tiles(a: Attention, window: int | None) -> dict[str, Any]:
-    grids = _CAUSAL if window is None else _WINDOW
-    if {a.head_dim, a.head_dim_v} <= set(_POWERS):
-        return grids | {"combine": 1}
-    # the copy engine needs powers of two: the same tiles without it
-    plain = {kernel: [dict(grid, TMA=False) for grid in some] for kernel, some in grids.items()}
-    return plain | {"combine": 1}
+    grids, hopper = (_CAUSAL, _HOPPER_CAUSAL) if window is None else (_WINDOW, _HOPPER_WINDOW)
+    if not {a.head_dim, a.head_dim_v} <= set(_POWERS):
+        # the copy engine needs powers of two: the same tiles without it
+        grids = {kernel: [dict(grid, TMA=False) for grid in some] for kernel, some in grids.items()}
+    return grids | hopper[max(a.head_dim, a.head_dim_v) <= 64] | {"combine": 1}
