@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
+import sys
 import sysconfig
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +44,34 @@ def watch() -> Iterator[Found]:
         yield found
     finally:
         triton.knobs.compilation.listener = earlier
+
+
+def settle_key(kernel: Any) -> None:
+    """Make the key of a kernel the same in every process, whatever was compiled there before.
+
+    Triton hashes a kernel with the functions that it calls and the global constants that it reads. The constants of a
+    called function are among them only if that function was hashed earlier, on its own account or another kernel's
+    (``DependenciesFinder._update_hash`` merges them before it computes them). So here all of a module's functions are
+    hashed together, from the first line to the last, after those of the modules that it imports functions from.
+    """
+    if _is_hashed(kernel):
+        _settle_module(kernel.fn.__module__)
+
+
+@functools.cache
+def _settle_module(name: str) -> None:
+    functions = [f for f in vars(sys.modules[name]).values() if _is_hashed(f)]
+    for function in functions:
+        if function.fn.__module__ != name:
+            _settle_module(function.fn.__module__)
+    own = [f for f in functions if f.fn.__module__ == name]
+    for function in sorted(own, key=lambda f: int(f.fn.__code__.co_firstlineno)):
+        _ = function.cache_key
+
+
+def _is_hashed(x: Any) -> bool:
+    """Whether it is a function of Triton's and not an interpreted one; asking x itself would compute its key."""
+    return hasattr(type(x), "cache_key") and hasattr(getattr(x, "fn", None), "__code__")
 
 
 def key_facts(arch: int) -> dict[str, str]:

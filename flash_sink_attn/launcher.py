@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from flash_sink_attn.kernel_cache import settle_key
 from flash_sink_attn.replay import WORKSPACE, ZEROED, Address, Descriptor, Step, Tape
 
 logger = logging.getLogger("flash_sink_attn")
@@ -58,6 +59,7 @@ def launch(
     Raises:
         MiscompiledError: ``check`` said so, now or in an earlier launch.
     """
+    settle_key(kernel)  # before anything looks it up: its hash is that key
     if device.type != "cuda":
         return _launch_new(kernel, programs, runtime, constants, _options(num_warps, num_stages, maxnreg), check, None,
                            warm_up_only=device.type == "meta")

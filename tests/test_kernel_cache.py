@@ -89,3 +89,39 @@ def test_the_card_itself_is_the_target_that_was_compiled_for() -> None:
 
     major, minor = torch.cuda.get_device_capability()
     assert triton.runtime.driver.active.get_current_target() == _AbsentGpu(10 * major + minor).get_current_target()
+
+
+KEYS = """
+import importlib, json, random, sys
+import torch
+from flash_sink_attn import launcher
+from flash_sink_attn.hopper import support
+
+launcher._launch_new = lambda kernel, *arguments, **options: kernel.cache_key
+kernels = []
+names = ["kernels.forward", "kernels.backward"]
+if support.gluon_problem() is None:
+    names += [f"hopper.{n}" for n in ("forward", "window", "backward_keys", "backward_queries", "backward_slide")]
+for name in names:
+    module = importlib.import_module(f"flash_sink_attn.{name}")
+    kernels += [(f"{name}.{n}", f) for n, f in vars(module).items()
+                if n.endswith("_kernel") and f.fn.__module__ == module.__name__]
+random.Random(int(sys.argv[1])).shuffle(kernels)
+print(json.dumps({n: launcher.launch(f, 1, torch.device("meta"), [], {}, num_warps=4) for n, f in kernels}))
+"""
+
+
+def test_the_key_of_a_kernel_is_the_same_in_whatever_order_kernels_are_used() -> None:
+    """What compilers build side by side, each its own kernels, the process that runs them finds."""
+    def keys(seed: int) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        done = subprocess.run([sys.executable, "-c", KEYS, str(seed)], capture_output=True, text=True, timeout=300,
+                              env=env | {"PYTHONPATH": paths, "FLASH_SINK_ATTN_COMPILE_ONLY": "1"})
+        assert done.returncode == 0, done.stderr
+        found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    first, *others = [keys(seed) for seed in range(3)]
+    assert len(first) >= 3 and len(set(first.values())) == len(first)
+    assert all(other == first for other in others)
