@@ -43,8 +43,9 @@ _HOPPER_BWD_SMALL_DIM = (HopperBwdConfig(64, 128, 3),)
 _HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 64, FORM=1),)
 _HOPPER_BWD_SLIDE = (HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 3, FORM=2))
 # Adding dq up outside costs two launches more and a pass over it in float32, two more products per pair of tiles cost
-# by the window: from two measured windows and none the two meet at about 300 keys (head dim 64) and 500 (128).
-_RECOMPUTE_WINDOW = 384
+# by the window. At 8192 tokens the latter takes 0.62 of the time with 512 keys (0.49 at head dim 128), 0.75 with 1024,
+# and 1.29 without a window.
+_RECOMPUTE_WINDOW = 1024
 
 # Tried in order until one fits, the special ones first. From measurements on an H100: small tiles with a deep pipeline
 # beat 128 x 128; a first operand in registers (REGISTER_A) halves what the matrix unit reads from shared memory, but
