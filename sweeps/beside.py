@@ -24,6 +24,7 @@ from sweeps.tables import (
     percent,
     sort_key,
     times,
+    with_impl,
 )
 from sweeps.trial_table import trial_table
 
@@ -133,7 +134,7 @@ def _table(runs: Sequence[Run]) -> dict[str, Any]:
         best = {name: x.best for name, x in by_run.items() if x.best}
         cells += [f"{number(m.latency_ms, 4)} ±{percent(m.half_width)}" if (m := best.get(n.name)) else NONE
                   for n in runs]
-        cells += [m.label if (m := best.get(n.name)) else NONE for n in runs]
+        cells += [with_impl(m) if (m := best.get(n.name)) else NONE for n in runs]
         first = best.get(runs[0].name)
         for run in runs[1:]:
             own = best.get(run.name)

@@ -115,7 +115,7 @@ def family_winners(family: Sequence[CaseResult]) -> list[tuple[str, list[CaseRes
     """The winners' labels over the lengths of a family, neighbours with the same one joined."""
     runs: list[tuple[str, list[CaseResult]]] = []
     for result in family:
-        label = result.best.label if result.best else "no winner"
+        label = with_impl(result.best) if result.best else "no winner"
         if not runs or runs[-1][0] != label:
             runs.append((label, []))
         runs[-1][1].append(result)

@@ -286,6 +286,16 @@ def test_report_has_the_answer_first_and_every_plot(run_dir, selection):
     assert not (run_dir / "tables" / "workloads.md").exists()
 
 
+def test_the_answer_names_the_implementation_that_is_not_the_portable_one():
+    results = []
+    for seqlen, hopper in ((1024, 0.2), (2048, 0.1)):
+        c = case("gpt-oss", "fwd", seqlen)
+        fast = {"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2}
+        results += [row(c, ms=0.15, config=tile(64, 64)), row(c, "hopper", fast, ms=hopper)]
+    (family,) = [tables.family_configs(select(results).results)]
+    assert family == "64x64 w4 s3 (1024); hopper: 128x128 s2 (2048)"
+
+
 def test_headline_counts_and_means(selection):
     lines = headline(selection).splitlines()
     fwd = [r for r in selection.results if r.case.pass_ == "fwd" and r.best]
