@@ -5,19 +5,14 @@ Needs a Triton with which the kernels are known to build; CI has one beside the 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flash_sink_attn.hopper import support
+from tests.compiling import built_in_halves
 from tests.hopper_cases import FAMILIES, case
 
-ROOT = Path(__file__).resolve().parent.parent
 PROBLEM = support.gluon_problem()
 pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"the Hopper kernels cannot be built: {PROBLEM}")
 
@@ -61,23 +56,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What was made of every family, with nothing in the cache."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            "FLASH_SINK_ATTN_COMPILE_ONLY": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    cases = [json.dumps([name, of.to_dict()]) for name, of in CASES.items()]
-    halves = [subprocess.Popen([sys.executable, "-c", CODE], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for i, half in enumerate(halves):
-        assert half.stdin is not None
-        half.stdin.write("\n".join(cases[i::2]))
-        half.stdin.close()
-        half.stdin = None
-    found = {}
-    for half in halves:
-        out, error = half.communicate(timeout=400)
-        assert half.returncode == 0, error[-2000:]
-        found |= dict(json.loads(line) for line in out.splitlines())
-    return found
+    return built_in_halves(CODE, CASES, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.parametrize("family", CASES)
