@@ -125,7 +125,7 @@ class HopperFwdConfig(_Config):
     Attributes:
         BLOCK_M: query rows of a tile, 64 per warpgroup that computes.
         BLOCK_N: keys of a block.
-        num_stages: blocks of K, and of V, that shared memory holds.
+        num_stages: blocks of K, and of V, that shared memory holds, at least 2.
         Q_STAGES: tiles of q per warpgroup that shared memory holds; with 2 the next one is there when a tile ends.
         HEADS: 0: the warpgroups of a tile take consecutive tokens of one head. Else they take different heads of a
             group at the same 64 tokens, HEADS of them one after the other, and K and V are loaded once for all; where
@@ -435,9 +435,9 @@ def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
         return (f"HEADS must be from 0 to {-(-shape.group // c.warpgroups)}, the share of {c.warpgroups} warpgroups in "
                 f"a group of {shape.group}, got {c.HEADS}")
     if c.PACK_HEADS:
-        if (c.BLOCK_M, c.BLOCK_N, c.SHARE_Q) != (64, 64, False) or c.PACK_HEADS not in (2, 4) or c.num_stages < 2:
-            return (f"PACK_HEADS must be 0, 2 or 4, and needs BLOCK_M and BLOCK_N 64, two stages and no SHARE_Q, got "
-                    f"{c.PACK_HEADS}, {c.BLOCK_M}, {c.BLOCK_N}, {c.num_stages} and {c.SHARE_Q}")
+        if (c.BLOCK_M, c.BLOCK_N, c.SHARE_Q) != (64, 64, False) or c.PACK_HEADS not in (2, 4):
+            return (f"PACK_HEADS must be 0, 2 or 4, and needs BLOCK_M and BLOCK_N 64 and no SHARE_Q, got "
+                    f"{c.PACK_HEADS}, {c.BLOCK_M}, {c.BLOCK_N} and {c.SHARE_Q}")
         if not c.HEADS or shape.group % (c.PACK_HEADS * c.HEADS):
             return (f"PACK_HEADS * HEADS must divide the group of {shape.group} query heads, got "
                     f"{c.PACK_HEADS} * {c.HEADS}")
