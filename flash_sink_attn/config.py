@@ -200,8 +200,10 @@ class HopperBwdConfig(_Config):
             HOPPER_SLIDE_WINDOW keys, and queries and keys of the same lengths. The rule for configurations knows
             neither window nor lengths: a call that cannot slide is made with FORM 1, see :meth:`recomputing`.
         BUFFERS: tiles of dS that may wait for their product, 0 for the form's own number.
-        DETERMINISTIC: for a FORM 0 that adds dq up in a fixed order, which there is not: must be False. The other forms
-            give the same bits each time by nature.
+        SPLIT_GROUP: programs that share a group's query heads at the same keys, and with FORM 1 at the same queries:
+            more programs where there are too few to keep the GPU busy, and one more launch to add up their dk and dv.
+        DETERMINISTIC: for a FORM 0 that adds dq up in the order of keys, each program when its turn comes. The other
+            forms give the same bits each time by nature: False.
     """
 
     BLOCK_M: int
@@ -210,6 +212,7 @@ class HopperBwdConfig(_Config):
     maxnreg: int | None = None
     FORM: int = 0
     BUFFERS: int = 0
+    SPLIT_GROUP: int = 1
     DETERMINISTIC: bool = False
 
     @property
@@ -480,10 +483,16 @@ def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
     for name, value, allowed in (("BLOCK_M", c.BLOCK_M, sizes[0]), ("BLOCK_N", c.BLOCK_N, sizes[1])):
         if value not in allowed:
             return f"{name} must be one of {allowed} with FORM {c.FORM}, got {value}"
-    if c.DETERMINISTIC:
-        return "DETERMINISTIC must be False: FORM 0 adds dq up in no fixed order, the other forms need no such order"
+    if c.DETERMINISTIC and form != HopperBwdForm.ACCUMULATE:
+        return f"DETERMINISTIC must be False with FORM {c.FORM}, which gives the same bits each time by nature"
     if (reason := _hopper_reject_reason(c, shape)) is not None:
         return reason
+    heads = -(-shape.group // max(c.SPLIT_GROUP, 1))
+    if c.SPLIT_GROUP < 1 or -(-shape.group // heads) != c.SPLIT_GROUP:
+        return (f"SPLIT_GROUP must leave each program a share of the group of {shape.group} query heads, got "
+                f"{c.SPLIT_GROUP}")
+    if c.SPLIT_GROUP > 1 and form == HopperBwdForm.SLIDE:
+        return f"SPLIT_GROUP must be 1 with FORM 2, got {c.SPLIT_GROUP}"
     if (shape.head_dim, shape.head_dim_v) not in HOPPER_BWD_HEAD_DIMS:
         return (f"the Hopper backward has head dims {', '.join(f'{d}/{dv}' for d, dv in HOPPER_BWD_HEAD_DIMS)}, "
                 f"got {shape.head_dim}/{shape.head_dim_v}")

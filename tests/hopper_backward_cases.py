@@ -24,6 +24,7 @@ from tests.hopper_cases import Case as ForwardCase
 
 FORWARD = HopperFwdConfig(64, 64)  # one that every head dim and group has; it is not what is tested
 ACCUMULATE_64, ACCUMULATE_128 = HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128)
+ORDERED_64, ORDERED_128 = (dataclasses.replace(c, DETERMINISTIC=True) for c in (ACCUMULATE_64, ACCUMULATE_128))
 RECOMPUTE, RECOMPUTE_TWO = HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(128, 128, FORM=1)
 SLIDE, SLIDE_SHORT = HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 2, FORM=2, BUFFERS=3)
 # (head dim, configuration), and a window where it is made for one
@@ -32,7 +33,15 @@ FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
     "96": (96, ACCUMULATE_128, None),
     "128": (128, ACCUMULATE_128, None),
     "64-window": (64, ACCUMULATE_64, 256),
+    "64-ordered": (64, ORDERED_64, None),
+    "64-ordered-window": (64, ORDERED_64, 256),
+    "96-ordered": (96, ORDERED_128, None),
+    "128-ordered": (128, ORDERED_128, None),
+    "128-ordered-window": (128, ORDERED_128, 300),
+    "64-split": (64, dataclasses.replace(ACCUMULATE_64, SPLIT_GROUP=2), None),
+    "128-ordered-split": (128, dataclasses.replace(ORDERED_128, SPLIT_GROUP=2), None),
     "64-recompute": (64, RECOMPUTE, 200),
+    "128-recompute-split": (128, dataclasses.replace(RECOMPUTE, SPLIT_GROUP=2), 200),
     "64-recompute-two": (64, RECOMPUTE_TWO, 128),
     "96-recompute": (96, RECOMPUTE, 100),
     "128-recompute": (128, RECOMPUTE, 256),

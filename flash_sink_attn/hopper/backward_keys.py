@@ -18,13 +18,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flash_sink_attn.hopper.backward_common import (
     above,
-    find_padded,
     scratch_add,
     scratch_offsets,
+    scratch_put,
     sum_sinks,
     up_to,
     zero_rows,
 )
+from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, keep_order, key_tile, next_tile
 from flash_sink_attn.hopper.common import (
     advance,
     barrier_arrive,
@@ -32,96 +33,20 @@ from flash_sink_attn.hopper.common import (
     barrier_wait,
     barriers_declare,
     hold_half,
-    sequence_bounds,
     store_bulk,
 )
 
 
 @gluon.jit
-def _key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, VARLEN: gl.constexpr,
-              TOGETHER: gl.constexpr, NUM_WARPS: gl.constexpr):
-    """(ok, batch, key head, first key, keys' minus queries' length, lengths, where the sequences and its statistics
-    begin, first query tile, tiles, +-1).
-
-    Without packing, tiles go by sections of ``section`` (batch, key head) pairs, longest first under a causal mask.
-    """
-    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
-    tile = gl.program_id(0)
-    step = 1
-    if VARLEN:
-        head = tile % heads_kv
-        if cu_k is None:
-            sequence, start_k, len_k, n = find_padded(cu_q, batch, seqlen_k, tile // heads_kv, BLOCK_N, NUM_WARPS)
-            start_q = start_k
-            len_q = len_k
-        else:
-            sequence, start_k, len_k, n = find_padded(cu_k, batch, seqlen_k, tile // heads_kv, BLOCK_N, NUM_WARPS)
-            start_q, len_q = sequence_bounds(cu_q, sequence, seqlen_q)
-        b = 0
-        base = (start_q // 64 + sequence) * 64
-        ok = n * BLOCK_N < len_k
-        down = True
-    else:
-        s = tile // (section * tiles)
-        r = tile - s * (section * tiles)
-        here = gl.minimum(section, batch * heads_kv - s * section)
-        n = r // here
-        unit = s * section + r % here
-        head = unit % heads_kv
-        b = unit // heads_kv
-        ok = True
-        len_q = seqlen_q
-        len_k = seqlen_k
-        start_q = 0
-        start_k = 0
-        base = 0
-        down = s % 2 == 0
-    first_key = n * BLOCK_N
-    offset = len_k - len_q
-    begin = gl.maximum(first_key - offset, 0) // 64
-    stop = len_q
-    if WINDOW:
-        stop = gl.minimum(len_q, gl.maximum(first_key + (BLOCK_N - 1) + window - offset, 0))
-    count = gl.maximum(gl.cdiv(stop, 64) - begin, 0)
-    first = begin
-    if TOGETHER:
-        first = gl.where(down, begin + count - 1, begin)
-        step = gl.where(down, -1, 1)
-    return ok, b, head, first_key, offset, len_q, len_k, start_q, start_k, base, first, count, step
-
-
-@gluon.jit
-def _next(m, g, left, first, count, step, GROUP: gl.constexpr, TOGETHER: gl.constexpr):
-    """The tile after query tile ``m`` of the group's head ``g``; left: tiles of this head that follow (not TOGETHER).
-
-    TOGETHER: all heads of a tile, then the next tile, from the end down in one section and from the beginning up in the
-    next, so that the programs of a head read and add to the same tiles at about the same time: those that start
-    together do on the way down, those that take over one by one as earlier programs end do on the way up. Else all
-    tiles of a head, then the next head.
-    """
-    if TOGETHER:
-        g += 1
-        wrap = g == GROUP
-        m = gl.where(wrap, m + step, m)
-        g = gl.where(wrap, 0, g)
-    else:
-        wrap = left == 0
-        m = gl.where(wrap, first, m + 1)
-        g = gl.where(wrap, g + 1, g)
-        left = gl.where(wrap, count - 1, left - 1)
-    return m, g, left
-
-
-@gluon.jit
 def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, cu_q, cu_k, smem, bars, work,
-               WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-               VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr):
+               WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr,
+               STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr):
     """The loader of a program that holds keys: K and V once, then a ring of q, do and their rows' statistics."""
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
-    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty = bars
+    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
-    ok, b, head, first_key, offset, len_q, len_k, start_q, start_k, base, m, count, step = _key_tile(
-        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, WINDOW, VARLEN, TOGETHER, 1)
+    ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, 1)
     if ok:
         mbarrier.expect(kv_ready, 2 * WARPGROUPS * k_desc.block_type.nbytes)
         for c in gl.static_range(WARPGROUPS):
@@ -131,17 +56,14 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
             tma.async_copy_global_to_shared(v_desc, [b, start_k + first_key + c * 64, head, 0], kv_ready,
                                             v_smem.index(c))
         row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
-        first = m
-        g = 0
-        left = count - 1
+        m, g, left, total = first_tile(course)
         slot = 0
         # A ring's first round finds its slots empty: waiting for the phase before the first one returns at once.
         phase = 1
-        total = count * GROUP
         at = (b * (heads_kv * GROUP) + head * GROUP) * rows + base + row
         # one tile ahead, so that their latency hides behind the waits
-        lse2 = gl.load(Lse2 + at + m * 64, mask=row < total * 64, other=0.0)
-        delta = gl.load(Delta + at + m * 64, mask=row < total * 64, other=0.0)
+        lse2 = gl.load(Lse2 + at + g * rows + m * 64, mask=row < total * 64, other=0.0)
+        delta = gl.load(Delta + at + g * rows + m * 64, mask=row < total * 64, other=0.0)
         for i in range(total):
             head_q = head * GROUP + g
             barrier_wait(q_empty + slot, phase)
@@ -157,7 +79,7 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
             delta_smem.index(slot).store(delta)
             mbarrier.arrive(do_ready.index(slot), count=1)
             slot, phase = advance(slot, phase, STAGES)
-            m, g, left = _next(m, g, left, first, count, step, GROUP, TOGETHER)
+            m, g, left = next_tile(m, g, left, course, TOGETHER)
             following = at + g * rows + m * 64
             more = row < (total - 1 - i) * 64
             lse2 = gl.load(Lse2 + following, mask=more, other=0.0)
@@ -189,17 +111,18 @@ def _dq_product(ds_panels, k_panels, buffer, zero, COLUMN: gl.constexpr, WARPGRO
 
 
 @gluon.jit
-def _compute_keys(dk_desc, dv_desc, DK, DV, DQ, cu_q, cu_k, smem, bars, work, scale, scale_log2,
-                  INDEX: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
-                  D_TRUE: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, VARLEN: gl.constexpr,
-                  WINDOW: gl.constexpr, TOGETHER: gl.constexpr, DQ_BY: gl.constexpr, ROUNDED: gl.constexpr):
+def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, work, scale, scale_log2,
+                  INDEX: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
+                  D: gl.constexpr, D_TRUE: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+                  VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr, DQ_BY: gl.constexpr,
+                  ORDERED: gl.constexpr, ROUNDED: gl.constexpr):
     """Warpgroup number INDEX: 64 keys, their dK and dV in registers.
 
     DQ_BY 0: no dQ. 1: dS goes to the warpgroup of :func:`_compute_dq`. 2: these warpgroups themselves, 64 columns each,
     one tile late, so that none waits for the other's dS. ROUNDED: dS from P as it was rounded for dV; saves registers.
     """
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
-    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty = bars
+    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     dtype: gl.constexpr = k_smem.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -207,8 +130,8 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, DQ, cu_q, cu_k, smem, bars, work, sc
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    ok, b, head, first_key, offset, len_q, len_k, start_q, start_k, base, m, count, step = _key_tile(
-        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, WINDOW, VARLEN, TOGETHER, 4)
+    ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, 4)
     if ok:
         first_key += INDEX * 64
         k = k_smem.index(INDEX).reshape([64, D])
@@ -218,10 +141,7 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, DQ, cu_q, cu_k, smem, bars, work, sc
         zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
         dk = gl.zeros([64, D], gl.float32, D_LAYOUT)
         dv = gl.zeros([64, D], gl.float32, D_LAYOUT)
-        first = m
-        g = 0
-        left = count - 1
-        total = count * GROUP
+        m, g, left, total = first_tile(course)
         slot = 0
         phase = 0
         buffer = 0
@@ -233,7 +153,7 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, DQ, cu_q, cu_k, smem, bars, work, sc
             ds_panels = ds_smem._reinterpret(dtype, [BUFFERS * WARPGROUPS, 64, 64], PANEL)
             offsets = DQ.to(gl.int64) + INDEX * 16384 + scratch_offsets(S_LAYOUT, 64)
             # a dS of zeros stands for the tile before the first
-            before = tile0 + m
+            before = tile0 + g * head_rows + m
             ds_smem.index(INDEX).store(gl.zeros([64, 64], dtype, S_LAYOUT))
             fence_async_shared()
             barrier_arrive(ds_ready, True)
@@ -280,7 +200,7 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, DQ, cu_q, cu_k, smem, bars, work, sc
                 ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
                 dk = warpgroup_mma(ds, q, dk, is_async=True)
                 current = tile0 + g * head_rows + m
-                m, g, left = _next(m, g, left, first, count, step, GROUP, TOGETHER)
+                m, g, left = next_tile(m, g, left, course, TOGETHER)
                 following, following_phase = advance(slot, phase, STAGES)
                 if DQ_BY == 2:
                     barrier_wait(ds_ready + (i & 3), (i >> 2) & 1)
@@ -302,7 +222,11 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, DQ, cu_q, cu_k, smem, bars, work, sc
                     barrier_arrive(do_empty + slot, True)
                     barrier_arrive(q_empty + slot, True)
                     dq = warpgroup_mma_wait(1, deps=[dq])
+                    if ORDERED:
+                        barrier_wait(turn + i % TURNS, i // TURNS & 1)
                     scratch_add(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
+                    if ORDERED:
+                        barrier_arrive(added + i % TURNS, True)
                     before = current
                 else:
                     dv, dk = warpgroup_mma_wait(1, deps=[dv, dk])
@@ -349,15 +273,24 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, DQ, cu_q, cu_k, smem, bars, work, sc
                 barrier_arrive(do_empty + slot, True)
                 barrier_arrive(q_empty + slot, True)
                 slot, phase = advance(slot, phase, STAGES)
-                m, g, left = _next(m, g, left, first, count, step, GROUP, TOGETHER)
+                m, g, left = next_tile(m, g, left, course, TOGETHER)
         if DQ_BY == 2:
             barrier_wait(ds_ready + (total & 3), (total >> 2) & 1)
             dq = _dq_product(ds_panels, k_panels, total & 3, zero, INDEX, WARPGROUPS, D)
             dq = warpgroup_mma_wait(0, deps=[dq])
             if total > 0:
+                if ORDERED:
+                    barrier_wait(turn + total % TURNS, total // TURNS & 1)
                 scratch_add(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
+                if ORDERED:
+                    barrier_arrive(added + total % TURNS, True)
         dk *= scale
-        if VARLEN and first_key + 64 > len_k:
+        if SPLIT > 1:
+            at = (place * WARPGROUPS + INDEX).to(gl.int64) * (2 * 64 * D * 4)
+            pointer = Sums.to(gl.int64) + at + scratch_offsets(D_LAYOUT, D)
+            scratch_put(pointer, dk)
+            scratch_put(pointer + 64 * D * 4, dv)
+        elif VARLEN and first_key + 64 > len_k:
             column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, D_LAYOUT)), 0)
             out = gl.expand_dims(first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, D_LAYOUT)), 1)
             at = ((start_k + out).to(gl.int64) * heads_kv + head) * D_TRUE + column
@@ -379,17 +312,18 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, DQ, cu_q, cu_k, smem, bars, work, sc
 
 
 @gluon.jit
-def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
-                BUFFERS: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr):
+def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr,
+                SPLIT: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, VARLEN: gl.constexpr,
+                WINDOW: gl.constexpr, TOGETHER: gl.constexpr, ORDERED: gl.constexpr):
     """The warpgroup that multiplies the others' dS by K and adds the product to scratch."""
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
-    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty = bars
+    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     dtype: gl.constexpr = k_smem.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    ok, b, head, first_key, offset, len_q, len_k, start_q, start_k, base, m, count, step = _key_tile(
-        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, WINDOW, VARLEN, TOGETHER, 4)
+    ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, 4)
     if ok:
         k_panels = k_smem._reinterpret(dtype, [WARPGROUPS * (D // 64), 64, 64], PANEL)
         ds_panels = ds_smem._reinterpret(dtype, [BUFFERS * WARPGROUPS, 64, 64], PANEL)
@@ -397,37 +331,42 @@ def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr, GROU
         zero = gl.zeros([64, 64], gl.float32, Q_LAYOUT)
         head_rows = rows // 64
         tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
-        first = m
-        g = 0
-        left = count - 1
+        m, g, left, total = first_tile(course)
         buffer = 0
         phase = 0
         mbarrier.wait(kv_ready, 0)
-        for _ in range(count * GROUP):
+        for i in range(total):
             barrier_wait(ds_ready + buffer, phase)
             dq = _dq_product(ds_panels, k_panels, buffer, zero, 0, WARPGROUPS, D)
             pointer = offsets + (tile0 + g * head_rows + m).to(gl.int64) * 16384
-            m, g, left = _next(m, g, left, first, count, step, GROUP, TOGETHER)
+            m, g, left = next_tile(m, g, left, course, TOGETHER)
             dq = warpgroup_mma_wait(0, deps=[dq])
             barrier_arrive(ds_empty + buffer, True)
+            if ORDERED:
+                barrier_wait(turn + i % TURNS, i // TURNS & 1)
             scratch_add(pointer, dq)
+            if ORDERED:
+                barrier_arrive(added + i % TURNS, True)
             buffer, phase = advance(buffer, phase, BUFFERS)
 
 
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "rows", "tiles", "section", "window",
                               "slots"])
 def hopper_bwd_keys_kernel(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, DK, DV, DQ, Lse2, Delta, Part, DSinks, CuSeqlensQ, CuSeqlensK,
-    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, slots, scale, scale_log2,
-    GROUP: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr, DQ_BY: gl.constexpr,
-    ROUNDED: gl.constexpr, REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, DK, DV, Sums, DQ, Turn, Lse2, Delta, Part, DSinks, CuSeqlensQ,
+    CuSeqlensK, batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, slots, scale, scale_log2,
+    GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, WARPGROUPS: gl.constexpr,
+    STAGES: gl.constexpr, BUFFERS: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr,
+    DQ_BY: gl.constexpr, ORDERED: gl.constexpr, ROUNDED: gl.constexpr, REGISTERS: gl.constexpr,
+    DQ_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):
-    """One program per 64 * WARPGROUPS keys of a key head.
+    """One program per 64 * WARPGROUPS keys of a key head, and with SPLIT one for each share of the query heads.
 
     *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64, 1, D); a packed batch is one long
-    sequence. DK, DV: the same memory as dk_desc, dv_desc, contiguous. DQ: float32 scratch of zeros, tiles of 64 x 64
-    (see scratch_offsets) [batch, head, row / 64, column / 64]. Lse2, Delta: float32 (batch, heads_q, rows), a packed
+    sequence. DK, DV: the same memory as dk_desc, dv_desc, contiguous. Sums: with SPLIT, float32 parts of them, tiles of
+    64 x D (see scratch_offsets) [tile of keys, share, warpgroup, dK or dV]. DQ: float32 scratch of zeros, tiles of 64 x
+    64 [batch, head, row / 64, column / 64]. Turn: with ORDERED, int32 zeros, one for each 64 rows of
+    DQ: the number of the keys' tile that adds to them next. Lse2, Delta: float32 (batch, heads_q, rows), a packed
     batch (heads_q, rows) with sequence i from row (start_i // 64 + i) * 64 on; +inf and 0 beyond a sequence.
     Part, DSinks: where given, the programs sum each head's ``slots`` parts.
     """
@@ -455,6 +394,10 @@ def hopper_bwd_keys_kernel(
     #   warpgroups with keys wait for parity (r + 1) % 2. With DQ_BY 2 nobody waits to overwrite: what is written at
     #   turn i was read at turn i - 3, which the other warpgroup had behind it when it stored its dS of turn i - 2; and
     #   for that its arrival was waited for at turn i - 1.
+    # turn (ORDERED): keep_order's taking warp once, when the tile's turn has come; who adds dQ waits for parity r % 2.
+    #   added: each warp that adds once, when it has issued its additions; the passing warp waits for parity r % 2, the
+    #   taking warp, before round r, for parity (r + 1) % 2. Neither can be lapped: round r + 1 of a slot of the one
+    #   needs round r of the other.
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -463,6 +406,8 @@ def hopper_bwd_keys_kernel(
     do_empty = q_empty + STAGES
     ds_ready = do_empty + STAGES
     ds_empty = ds_ready + BUFFERS
+    turn = ds_empty + BUFFERS
+    added = turn + TURNS
     mbarrier.init(kv_ready, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_ready.index(i), count=2)
@@ -472,40 +417,76 @@ def hopper_bwd_keys_kernel(
     for i in gl.static_range(BUFFERS):
         barrier_init(ds_ready + i, 4 * WARPGROUPS)
         barrier_init(ds_empty + i, 4)
+    if ORDERED:
+        for i in gl.static_range(TURNS):
+            barrier_init(turn + i, 1)
+            barrier_init(added + i, 4 if DQ_BY == 1 else 4 * WARPGROUPS)
     fence_async_shared()
     gl.thread_barrier()
     smem = (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem)
-    bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty)
+    bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added)
     work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
-    if DQ_BY == 1:
+    if DQ_BY == 1 and ORDERED:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ROUNDED)),
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 1, WARPGROUPS, GROUP, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ROUNDED)),
-            (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, D, BUFFERS, VARLEN,
-              WINDOW, TOGETHER)),
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ORDERED, ROUNDED)),
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ORDERED, ROUNDED)),
+            (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
+              WINDOW, TOGETHER, ORDERED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, work, 64 * WARPGROUPS, GROUP, SPLIT, VARLEN,
+              WINDOW, TOGETHER, 0, True)),
+            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, work, 64 * WARPGROUPS, GROUP, SPLIT, VARLEN,
+              WINDOW, TOGETHER, 0, False)),
+        ], [4, 4, 1, 1, 1], [REGISTERS, DQ_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
+    elif DQ_BY == 1:
+        gl.warp_specialize([
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ORDERED, ROUNDED)),
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ORDERED, ROUNDED)),
+            (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
+              WINDOW, TOGETHER, ORDERED)),
+            (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
+              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
         ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, LOADER_REGISTERS])
     elif WARPGROUPS == 1:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ROUNDED)),
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ORDERED, ROUNDED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
         ], [1], [LOADER_REGISTERS])
-    elif WARPGROUPS == 2:
+    elif ORDERED:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ROUNDED)),
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 1, WARPGROUPS, GROUP, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ROUNDED)),
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ORDERED, ROUNDED)),
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ORDERED, ROUNDED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, work, 64 * WARPGROUPS, GROUP, SPLIT, VARLEN,
+              WINDOW, TOGETHER, 1, True)),
+            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, work, 64 * WARPGROUPS, GROUP, SPLIT, VARLEN,
+              WINDOW, TOGETHER, 1, False)),
+        ], [4, 1, 1, 1], [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
+    else:
+        gl.warp_specialize([
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ORDERED, ROUNDED)),
+            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+              ORDERED, ROUNDED)),
+            (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
+              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
         ], [4, 1], [REGISTERS, LOADER_REGISTERS])

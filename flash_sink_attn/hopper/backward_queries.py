@@ -32,14 +32,16 @@ from flash_sink_attn.hopper.common import (
 
 @gluon.jit
 def _query_tile(cu_q, cu_k, work, WINDOW: gl.constexpr, VARLEN: gl.constexpr, BLOCK_N: gl.constexpr,
-                NUM_WARPS: gl.constexpr):
-    """(ok, batch, key head, slot of its part of the sinks' gradient, first row, keys' minus queries' length, lengths,
-    where the sequences and its statistics begin, first key, key blocks)."""
+                SPLIT: gl.constexpr, HEADS: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """(ok, batch, key head, first head of this program's share of the group, slot of its part of the sinks' gradient,
+    first row, keys' minus queries' length, lengths, where the sequences and its statistics begin, first key, key
+    blocks)."""
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     tile = gl.program_id(0)
     if VARLEN:
-        head = tile % heads_kv
-        slot = tile // heads_kv
+        share = tile % SPLIT
+        head = tile // SPLIT % heads_kv
+        slot = tile // SPLIT // heads_kv
         sequence, start_q, len_q, m = find_padded(cu_q, batch, seqlen_q, slot, 64, NUM_WARPS)
         start_k, len_k = other_bounds(cu_k, sequence, seqlen_k, start_q, len_q)
         b = 0
@@ -48,11 +50,12 @@ def _query_tile(cu_q, cu_k, work, WINDOW: gl.constexpr, VARLEN: gl.constexpr, BL
     else:
         s = tile // (section * tiles)
         r = tile - s * (section * tiles)
-        here = gl.minimum(section, batch * heads_kv - s * section)
+        here = gl.minimum(section, batch * heads_kv * SPLIT - s * section)
         m = tiles - 1 - r // here
         unit = s * section + r % here
-        head = unit % heads_kv
-        b = unit // heads_kv
+        share = unit % SPLIT
+        head = unit // SPLIT % heads_kv
+        b = unit // SPLIT // heads_kv
         slot = b * tiles + m
         ok = True
         len_q = seqlen_q
@@ -66,28 +69,29 @@ def _query_tile(cu_q, cu_k, work, WINDOW: gl.constexpr, VARLEN: gl.constexpr, BL
     if WINDOW:
         begin = gl.maximum(m * 64 + offset - window + 1, 0)
     blocks = gl.cdiv(gl.maximum(end - begin, 0), BLOCK_N)
-    return ok, b, head, slot, m * 64, offset, len_q, len_k, start_q, start_k, base, begin, blocks
+    return ok, b, head, share * HEADS, slot, m * 64, offset, len_q, len_k, start_q, start_k, base, begin, blocks
 
 
 @gluon.jit
 def _load_keys(q_desc, k_desc, v_desc, o_desc, do_desc, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr,
-               GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-               VARLEN: gl.constexpr, WINDOW: gl.constexpr):
+               GROUP: gl.constexpr, SPLIT: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+               Q_STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr):
     """The loader of a program that holds queries: q, o and do of one head per warpgroup, K and V for all."""
+    HEADS: gl.constexpr = (GROUP + SPLIT - 1) // SPLIT
     q_smem, o_smem, do_smem, k_smem, v_smem = smem
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
-    ok, b, head, part, row0, offset, len_q, len_k, start_q, start_k, base, begin, blocks = _query_tile(
-        cu_q, cu_k, work, WINDOW, VARLEN, BLOCK_N, 1)
+    ok, b, head, low, part, row0, offset, len_q, len_k, start_q, start_k, base, begin, blocks = _query_tile(
+        cu_q, cu_k, work, WINDOW, VARLEN, BLOCK_N, SPLIT, HEADS, 1)
     if ok:
         slot = 0
         phase = 1
         q_slot = 0
         q_phase = 1
-        for i in range((GROUP + WARPGROUPS - 1) // WARPGROUPS):
+        for i in range((HEADS + WARPGROUPS - 1) // WARPGROUPS):
             for c in gl.static_range(WARPGROUPS):
-                member = i * WARPGROUPS + c
+                member = low + i * WARPGROUPS + c
                 at = c * Q_STAGES + q_slot
-                if member < GROUP:
+                if member < gl.minimum(low + HEADS, GROUP):
                     head_q = head * GROUP + member
                     mbarrier.wait(q_empty.index(at), q_phase)
                     mbarrier.expect(q_ready.index(at), 3 * q_desc.block_type.nbytes)
@@ -112,10 +116,11 @@ def _load_keys(q_desc, k_desc, v_desc, o_desc, do_desc, cu_q, cu_k, smem, bars, 
 
 @gluon.jit
 def _compute_queries(dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k, smem, bars, work, scale,
-                     scale_log2, INDEX: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
-                     D_TRUE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-                     VARLEN: gl.constexpr, WINDOW: gl.constexpr):
+                     scale_log2, INDEX: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr,
+                     SPLIT: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, BLOCK_N: gl.constexpr,
+                     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr):
     """Warpgroup number INDEX: 64 queries of every WARPGROUPS-th head of a group."""
+    HEADS: gl.constexpr = (GROUP + SPLIT - 1) // SPLIT
     q_smem, o_smem, do_smem, k_smem, v_smem = smem
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -125,8 +130,8 @@ def _compute_queries(dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu
     D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    ok, b, head, part, row0, offset, len_q, len_k, start_q, start_k, base, begin, blocks = _query_tile(
-        cu_q, cu_k, work, WINDOW, VARLEN, BLOCK_N, 4)
+    ok, b, head, low, part, row0, offset, len_q, len_k, start_q, start_k, base, begin, blocks = _query_tile(
+        cu_q, cu_k, work, WINDOW, VARLEN, BLOCK_N, SPLIT, HEADS, 4)
     token = row0 + gl.arange(0, 64, layout=ROW)
     inside = token < len_q
     position = gl.expand_dims(token + offset, 1)
@@ -136,9 +141,9 @@ def _compute_queries(dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu
     phase = 0
     q_slot = 0
     q_phase = 0
-    for i in range((GROUP + WARPGROUPS - 1) // WARPGROUPS):
-        member = i * WARPGROUPS + INDEX
-        if member < GROUP:
+    for i in range((HEADS + WARPGROUPS - 1) // WARPGROUPS):
+        member = low + i * WARPGROUPS + INDEX
+        if member < gl.minimum(low + HEADS, GROUP):
             head_q = head * GROUP + member
             unit = b * (heads_kv * GROUP) + head_q
             if ok:
@@ -231,12 +236,12 @@ def _compute_queries(dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu
 def hopper_bwd_queries_kernel(
     q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, CuSeqlensQ, CuSeqlensK,
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, slots, scale, scale_log2,
-    GROUP: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr,
+    GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, WARPGROUPS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr,
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):
-    """One program per 64 queries and key head: dQ of all heads of the group, and the statistics and parts of the sinks'
-    gradient that hopper_bwd_keys_kernel reads."""
+    """One program per 64 queries, key head, and share of its group of query heads: dQ of these, and the statistics and
+    parts of the sinks' gradient that hopper_bwd_keys_kernel reads."""
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS * Q_STAGES] + q_desc.block_type.shape, q_desc.layout)
     o_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS * Q_STAGES] + q_desc.block_type.shape, q_desc.layout)
@@ -271,19 +276,19 @@ def hopper_bwd_queries_kernel(
     if WARPGROUPS == 1:
         gl.warp_specialize([
             (_compute_queries, (dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
-              bars, work, scale, scale_log2, 0, WARPGROUPS, GROUP, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
+              bars, work, scale, scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
               WINDOW)),
             (_load_keys, (q_desc, k_desc, v_desc, o_desc, do_desc, CuSeqlensQ, CuSeqlensK, smem, bars, work,
-              WARPGROUPS, GROUP, BLOCK_N, STAGES, Q_STAGES, VARLEN, WINDOW)),
+              WARPGROUPS, GROUP, SPLIT, BLOCK_N, STAGES, Q_STAGES, VARLEN, WINDOW)),
         ], [1], [LOADER_REGISTERS])
     else:
         gl.warp_specialize([
             (_compute_queries, (dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
-              bars, work, scale, scale_log2, 0, WARPGROUPS, GROUP, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
+              bars, work, scale, scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
               WINDOW)),
             (_compute_queries, (dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
-              bars, work, scale, scale_log2, 1, WARPGROUPS, GROUP, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
+              bars, work, scale, scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
               WINDOW)),
             (_load_keys, (q_desc, k_desc, v_desc, o_desc, do_desc, CuSeqlensQ, CuSeqlensK, smem, bars, work,
-              WARPGROUPS, GROUP, BLOCK_N, STAGES, Q_STAGES, VARLEN, WINDOW)),
+              WARPGROUPS, GROUP, SPLIT, BLOCK_N, STAGES, Q_STAGES, VARLEN, WINDOW)),
         ], [4, 1], [REGISTERS, LOADER_REGISTERS])

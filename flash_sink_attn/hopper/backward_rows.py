@@ -23,11 +23,12 @@ def _find(cu_seqlens, batch, total, tile, block):
 
 @triton.jit(do_not_specialize=["batch", "seqlen", "heads", "tiles"])
 def hopper_bwd_rows_kernel(
-    O, DO, Lse, DLse, Sinks, Lse2, Delta, Part, DQ, CuSeqlens, stride_b, stride_t, stride_h, batch, seqlen, heads,
-    tiles,
+    O, DO, Lse, DLse, Sinks, Lse2, Delta, Part, DQ, Turn, CuSeqlens, stride_b, stride_t, stride_h, batch, seqlen,
+    heads, tiles,
     D: tl.constexpr, D_TRUE: tl.constexpr, VARLEN: tl.constexpr,
 ):
-    """Statistics of 64 rows of a head, their part of its sink's gradient, and zeros for their dQ.
+    """Statistics of 64 rows of a head, their part of its sink's gradient, and zeros for their dQ and,
+    where its sum has an order, whose turn it is.
 
     tiles: of a sequence, of a packed batch the number of slots. Strides of DO, in elements.
     """
@@ -50,6 +51,8 @@ def hopper_bwd_rows_kernel(
     o = tl.load(O + o_at, mask=whole, other=0.0)
     do = tl.load(DO + do_at, mask=whole, other=0.0)
     tl.store(DQ + pid * (64 * D) + tl.arange(0, 64 * D), tl.zeros([64 * D], tl.float32))
+    if Turn is not None:
+        tl.store(Turn + pid, 0)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     at = unit * seqlen + start + row
     lse2 = tl.load(Lse + at, mask=inside, other=float("inf")) * 1.4426950408889634
@@ -155,3 +158,43 @@ def hopper_bwd_join_kernel(
                 tl.store(DK + to, total, mask=(row < length)[:, None])
             else:
                 tl.store(DV + to, total, mask=(row < length)[:, None])
+
+
+@triton.jit(do_not_specialize=["batch", "seqlen", "heads_kv", "tiles"])
+def hopper_bwd_shares_kernel(
+    Sums, DK, DV, CuSeqlens, batch, seqlen, heads_kv, tiles,
+    SPLIT: tl.constexpr, WARPGROUPS: tl.constexpr, D: tl.constexpr, D_TRUE: tl.constexpr, VARLEN: tl.constexpr,
+):
+    """dK or dV of 64 keys, from what SPLIT programs found for their shares of the query heads.
+
+    tiles: of 64 * WARPGROUPS keys in a sequence, of a packed batch the number of slots. CuSeqlens: of the keys.
+    """
+    pid = tl.program_id(0)
+    which = pid % 2
+    warpgroup = pid // 2 % WARPGROUPS
+    place = pid // 2 // WARPGROUPS
+    start = 0
+    length = seqlen
+    if VARLEN:
+        head = place % heads_kv
+        b = 0
+        sequence, start, length, n = _find(CuSeqlens, batch, seqlen, place // heads_kv, 64 * WARPGROUPS)
+    else:
+        n = place % tiles
+        head = place // tiles % heads_kv
+        b = place // tiles // heads_kv
+    first = (n * WARPGROUPS + warpgroup) * 64
+    if first < length:
+        total = tl.zeros([64 * D], tl.float32)
+        for share in tl.static_range(SPLIT):
+            at = (((place * SPLIT + share) * WARPGROUPS + warpgroup) * 2 + which).to(tl.int64) * (64 * D)
+            total += tl.load(Sums + at + tl.arange(0, 64 * D))
+        total = _ordered(total.to(DK.dtype.element_ty), D)
+        row = first + tl.arange(0, 64)
+        column = tl.arange(0, D)[None, :]
+        inside = (row < length)[:, None] & (column < D_TRUE)
+        to = ((b * seqlen + start + row).to(tl.int64) * heads_kv + head)[:, None] * D_TRUE + column
+        if which == 0:
+            tl.store(DK + to, total, mask=inside)
+        else:
+            tl.store(DV + to, total, mask=inside)

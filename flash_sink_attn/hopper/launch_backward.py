@@ -15,6 +15,7 @@ from flash_sink_attn.hopper.backward_rows import (
     hopper_bwd_join_kernel,
     hopper_bwd_round_kernel,
     hopper_bwd_rows_kernel,
+    hopper_bwd_shares_kernel,
 )
 from flash_sink_attn.hopper.backward_slide import hopper_bwd_slide_kernel
 from flash_sink_attn.hopper.descriptors import describe
@@ -143,13 +144,15 @@ def _accumulate(call: _Call) -> Any:
     c, device = call, call.q.device
     scratch = workspace((c.slots * c.q.shape[-2] * 64 * c.width,), torch.float32, device)
     heads, common = c.q.shape[-2], {"D": c.width, "D_TRUE": c.q.shape[-1], "VARLEN": c.sequences.varlen}
+    # for each 64 rows of a head: which tile of keys adds to them next
+    turn = workspace((c.slots * heads,), torch.int32, device) if c.config.DETERMINISTIC else None
     strides = c.do.stride()[:3] if c.do.dim() == 4 else (0, *c.do.stride()[:2])
     cu_q = c.sequences.cu_seqlens_q
     launch(hopper_bwd_rows_kernel, c.slots * heads, device, [
-        c.o, c.do, c.lse, c.dlse, c.sinks, c.lse2, c.delta, c.parts, scratch, cu_q, *strides, c.sequences.batch,
+        c.o, c.do, c.lse, c.dlse, c.sinks, c.lse2, c.delta, c.parts, scratch, turn, cu_q, *strides, c.sequences.batch,
         c.sequences.seqlen_q, heads, c.tiles,
     ], common, num_warps=4 if c.width == 64 else 8)
-    compiled = _keys(c, scratch)
+    compiled = _keys(c, scratch, turn)
     launch(hopper_bwd_round_kernel, c.slots * heads, device, [
         scratch, c.dq, c.parts, c.dsinks, cu_q, c.sequences.batch, c.sequences.seqlen_q, heads, c.tiles, c.slots,
         c.scale,
@@ -160,25 +163,26 @@ def _accumulate(call: _Call) -> Any:
 def _recompute(call: _Call) -> Any:
     """dQ and the statistics, then dK and dV, each from products of their own."""
     c, device = call, call.q.device
-    warpgroups = c.config.BLOCK_M // 64
+    warpgroups, split = c.config.BLOCK_M // 64, c.config.SPLIT_GROUP
     registers, maxnreg = (240, 168) if warpgroups == 2 else (0, 80 if c.width == 64 else 128)
-    launch(hopper_bwd_queries_kernel, c.tiles * c.units, device, [
+    launch(hopper_bwd_queries_kernel, c.tiles * c.units * split, device, [
         *map(c.described, (c.q, c.k, c.v, c.o, c.do, c.dq)), c.dq, c.dlse, c.lse, c.sinks, c.lse2, c.delta, c.parts,
         c.sequences.cu_seqlens_q, c.sequences.cu_seqlens_k, c.sequences.batch, c.sequences.seqlen_q,
-        c.sequences.seqlen_k, c.heads_kv, c.rows, c.tiles, min(c.units, _SECTION), c.window, c.slots, c.scale,
-        c.scale * LOG2E,
+        c.sequences.seqlen_k, c.heads_kv, c.rows, c.tiles, min(c.units * split, _SECTION), c.window, c.slots,
+        c.scale, c.scale * LOG2E,
     ], {
-        "GROUP": c.group, "D": c.width, "D_TRUE": c.q.shape[-1], "WARPGROUPS": warpgroups, "BLOCK_N": 64, "STAGES": 2,
-        "Q_STAGES": 1, "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "REGISTERS": registers,
-        "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
+        "GROUP": c.group, "SPLIT": split, "D": c.width, "D_TRUE": c.q.shape[-1],
+        "WARPGROUPS": warpgroups, "BLOCK_N": 64, "STAGES": 2, "Q_STAGES": 1, "VARLEN": c.sequences.varlen,
+        "WINDOW": c.window > 0, "REGISTERS": registers, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
     }, num_warps=4, maxnreg=maxnreg)
-    return _keys(c, None)
+    return _keys(c, None, None)
 
 
-def _keys(call: _Call, scratch: torch.Tensor | None) -> Any:
-    """dK and dV, and with ``scratch`` dQ; without it the sinks' gradients, whose parts the launch before wrote."""
+def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) -> Any:
+    """dK and dV, and with ``scratch`` dQ, in one order with ``turn``; without it the sinks' gradients, whose parts were
+    written by the launch before."""
     c, config = call, call.config
-    warpgroups = config.BLOCK_N // 64
+    warpgroups, split = config.BLOCK_N // 64, config.SPLIT_GROUP
     tiles = _slots(c.sequences, c.sequences.seqlen_k, config.BLOCK_N)
     accumulates = scratch is not None
     section = max(1, _multiprocessors(c.q.device) // tiles) if accumulates else _SECTION
@@ -186,18 +190,29 @@ def _keys(call: _Call, scratch: torch.Tensor | None) -> Any:
         (True, 64): (200, 88, 128), (True, 128): (240, 0, 168)}.get((accumulates, c.width), (0, 0, 128))
     if not accumulates and warpgroups == 2:
         registers, maxnreg = 240, 168
-    return launch(hopper_bwd_keys_kernel, tiles * c.units, c.q.device, [
-        *map(c.described, (c.q, c.k, c.v, c.do, c.dk, c.dv)), c.dk, c.dv, scratch, c.lse2, c.delta,
+    sums = workspace((tiles * c.units * split * warpgroups * 2 * 64 * c.width,), torch.float32,
+                     c.q.device) if split > 1 else None
+    compiled = launch(hopper_bwd_keys_kernel, tiles * c.units * split, c.q.device, [
+        *map(c.described, (c.q, c.k, c.v, c.do, c.dk, c.dv)), c.dk, c.dv, sums, scratch, turn, c.lse2, c.delta,
         *((None, None) if accumulates else (c.parts, c.dsinks)), c.sequences.cu_seqlens_q, c.sequences.cu_seqlens_k,
         c.sequences.batch, c.sequences.seqlen_q, c.sequences.seqlen_k, c.heads_kv, c.rows, tiles,
-        min(c.units, section), c.window, c.slots, c.scale, c.scale * LOG2E,
+        min(c.units * split, section), c.window, c.slots, c.scale, c.scale * LOG2E,
     ], {
-        "GROUP": c.group, "D": c.width, "D_TRUE": c.q.shape[-1], "WARPGROUPS": warpgroups,
+        "GROUP": c.group, "SPLIT": split, "D": c.width, "D_TRUE": c.q.shape[-1], "WARPGROUPS": warpgroups,
         "STAGES": config.num_stages, "BUFFERS": config.buffers(c.width), "VARLEN": c.sequences.varlen,
-        "WINDOW": c.window > 0, "TOGETHER": accumulates,
-        "DQ_BY": (1 if c.width == 64 else 2) if accumulates else 0, "ROUNDED": not accumulates or c.width > 64,
+        "WINDOW": c.window > 0, "TOGETHER": accumulates and not c.window,
+        "DQ_BY": (1 if c.width == 64 else 2) if accumulates else 0, "ORDERED": turn is not None,
+        "ROUNDED": not accumulates or c.width > 64,
         "REGISTERS": registers, "DQ_REGISTERS": dq_registers, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
     }, num_warps=4, maxnreg=config.maxnreg or maxnreg)
+    if split > 1:
+        own_k = c.sequences.cu_seqlens_k
+        launch(hopper_bwd_shares_kernel, tiles * c.units * warpgroups * 2, c.q.device, [
+            sums, c.dk, c.dv, c.sequences.cu_seqlens_q if own_k is None else own_k, c.sequences.batch,
+            c.sequences.seqlen_k, c.heads_kv, tiles,
+        ], {"SPLIT": split, "WARPGROUPS": warpgroups, "D": c.width, "D_TRUE": c.q.shape[-1],
+            "VARLEN": c.sequences.varlen}, num_warps=4)
+    return compiled
 
 
 def _slide(call: _Call) -> Any:

@@ -1,0 +1,161 @@
+"""The tiles that a program with keys of the Hopper backward goes through, and whose turn it is to add to one."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from flash_sink_attn.hopper.backward_common import find_padded
+from flash_sink_attn.hopper.common import barrier_arrive, barrier_wait, sequence_bounds
+
+# Tiles of dQ that may have their turn before they are added.
+TURNS: gl.constexpr = gl.constexpr(4)
+
+
+@gluon.jit
+def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, WINDOW: gl.constexpr,
+             VARLEN: gl.constexpr, TOGETHER: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """(ok, batch, key head, place of its parts of dK and dV, first key, keys' minus queries' length, lengths, where the
+    sequences and its statistics begin, course of the walk).
+
+    Without packing, tiles go by sections of ``section`` shares of (batch, key head) pairs, longest first under a causal
+    mask. Each of the SPLIT shares has some of the group's query heads.
+    """
+    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
+    HEADS: gl.constexpr = (GROUP + SPLIT - 1) // SPLIT
+    tile = gl.program_id(0)
+    if VARLEN:
+        share = tile % SPLIT
+        head = tile // SPLIT % heads_kv
+        slot = tile // SPLIT // heads_kv
+        if cu_k is None:
+            sequence, start_k, len_k, n = find_padded(cu_q, batch, seqlen_k, slot, BLOCK_N, NUM_WARPS)
+            start_q = start_k
+            len_q = len_k
+        else:
+            sequence, start_k, len_k, n = find_padded(cu_k, batch, seqlen_k, slot, BLOCK_N, NUM_WARPS)
+            start_q, len_q = sequence_bounds(cu_q, sequence, seqlen_q)
+        b = 0
+        base = (start_q // 64 + sequence) * 64
+        ok = n * BLOCK_N < len_k
+        place = tile
+        down = True
+    else:
+        s = tile // (section * tiles)
+        r = tile - s * (section * tiles)
+        here = gl.minimum(section, batch * heads_kv * SPLIT - s * section)
+        n = r // here
+        unit = s * section + r % here
+        share = unit % SPLIT
+        head = unit // SPLIT % heads_kv
+        b = unit // SPLIT // heads_kv
+        ok = True
+        len_q = seqlen_q
+        len_k = seqlen_k
+        start_q = 0
+        start_k = 0
+        base = 0
+        place = (unit // SPLIT * tiles + n) * SPLIT + share
+        down = s % 2 == 0
+    first_key = n * BLOCK_N
+    offset = len_k - len_q
+    begin = gl.maximum(first_key - offset, 0) // 64
+    stop = len_q
+    if WINDOW:
+        stop = gl.minimum(len_q, gl.maximum(first_key + (BLOCK_N - 1) + window - offset, 0))
+    count = gl.maximum(gl.cdiv(stop, 64) - begin, 0)
+    if not TOGETHER:
+        down = True
+    first = gl.where(down, begin + count - 1, begin)
+    low = share * HEADS
+    course = (first, count, gl.where(down, -1, 1), low, gl.minimum(low + HEADS, GROUP))
+    return ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course
+
+
+@gluon.jit
+def first_tile(course):
+    """(Query tile, head of the group, tiles of this head that follow, tiles in all) where a walk begins."""
+    first, count, step, low, high = course
+    return first, low, count - 1, count * (high - low)
+
+
+@gluon.jit
+def next_tile(m, g, left, course, TOGETHER: gl.constexpr):
+    """The tile after query tile ``m`` of the group's head ``g``; left: tiles of this head that follow (not TOGETHER).
+
+    TOGETHER: all heads of a tile, then the next tile, from the end down in one section and from the beginning up in the
+    next, so that the programs of a head read and add to the same tiles at about the same time: those that start
+    together do on the way down, those that take over one by one as earlier programs end do on the way up. Else all
+    tiles of a head, from the end down, then the next head: under a window, where programs end at different tiles, they
+    at least meet in the same head.
+    """
+    first, count, step, low, high = course
+    if TOGETHER:
+        g += 1
+        wrap = g == high
+        m = gl.where(wrap, m + step, m)
+        g = gl.where(wrap, low, g)
+    else:
+        wrap = left == 0
+        m = gl.where(wrap, first, m + step)
+        g = gl.where(wrap, g + 1, g)
+        left = gl.where(wrap, count - 1, left - 1)
+    return m, g, left
+
+
+@gluon.jit
+def _await_turn(pointer, number):
+    """Until the word at ``pointer`` is ``number``; what was added before it was set has then been added."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; TURN: ld.acquire.gpu.global.b32 t, [$1]; setp.ne.b32 p, t, $2; @p bra TURN; "
+        "mov.u32 $0, 0; }", "=r,l,r", [pointer, number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _set_turn(pointer, number):
+    """Once all that this program's warps have added, and told this one of, is visible to the whole GPU."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; bar.warp.sync -1; elect.sync _|p, -1; @p st.release.gpu.global.b32 [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [pointer, number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def keep_order(Turn, cu_q, cu_k, turn, added, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
+               VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr, LATE: gl.constexpr,
+               TAKES: gl.constexpr):
+    """One of two warps that let this program's dQ be added in the order of keys, so that sums have the same bits each
+    time: the one that waits for the turn (TAKES), and the one that passes it on.
+
+    A program waits only for those with a lower number, which the GPU starts before it: nobody waits in a circle. LATE:
+    who adds begins with a tile of zeros that needs no turn.
+    """
+    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
+    ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
+        cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, 1)
+    if ok:
+        number = first_key // BLOCK_N
+        head_rows = rows // 64
+        tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
+        m, g, left, total = first_tile(course)
+        if LATE:
+            if total > 0:
+                if TAKES:
+                    barrier_arrive(turn, True)
+                else:
+                    barrier_wait(added, 0)
+        for i in range(LATE, total + LATE):
+            pointer = Turn.to(gl.int64) + (tile0 + g * head_rows + m).to(gl.int64) * 4
+            slot = i % TURNS
+            if TAKES:
+                # before the first round of a slot nothing is to be added: passed at once
+                barrier_wait(added + slot, (i // TURNS + 1) & 1)
+                earlier = 0
+                if WINDOW:
+                    earlier = gl.maximum(m * 64 + offset - window + 1, 0) // BLOCK_N
+                if number > earlier:
+                    _await_turn(pointer, number)
+                barrier_arrive(turn + slot, True)
+            else:
+                barrier_wait(added + slot, (i // TURNS) & 1)
+                _set_turn(pointer, number + 1)
+            m, g, left = next_tile(m, g, left, course, TOGETHER)
