@@ -191,7 +191,8 @@ class HopperBwdConfig(_Config):
     Attributes:
         BLOCK_M: query rows of a tile, 64; with FORM 1 of the kernel that makes dq, and there 128 for 64 tokens of two
             heads at once.
-        BLOCK_N: keys of a tile, 64 per warpgroup: 128 with FORM 0, 64 or 128 with FORM 1, 192 with FORM 2.
+        BLOCK_N: keys of a tile, 64 per warpgroup: 128 with FORM 0, 64 or 128 with FORM 1, 192 with FORM 2. At head dims
+            above 128, which have FORM 0 only, 64 for two warpgroups.
         num_stages: tiles of q and do that shared memory holds.
         maxnreg: registers per thread of the kernel that makes dk and dv, a choice with FORM 1 and 64 keys only; None
             for the form's own number.
@@ -215,7 +216,7 @@ class HopperBwdConfig(_Config):
     @property
     def num_warps(self) -> int:
         """Four per warpgroup with keys, and four for the others: who loads, stores, or makes dq."""
-        return 4 * (self.BLOCK_N // 64) + 4
+        return 4 * max(self.BLOCK_N // 64, 2 if self.FORM == HopperBwdForm.ACCUMULATE else 1) + 4
 
     @property
     def reproducible(self) -> bool:
@@ -465,7 +466,7 @@ def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
     return None
 
 
-HOPPER_BWD_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+HOPPER_BWD_HEAD_DIMS = HOPPER_HEAD_DIMS
 HOPPER_SLIDE_WINDOW = 129  # what 64 queries see of it is in three blocks of 64 keys
 HOPPER_SHARED_DQ_BUFFERS = 4  # where two warpgroups make dq together, by the order of their turns
 
@@ -491,8 +492,6 @@ def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
         return "DETERMINISTIC must be False: FORM 0 adds dq up in no fixed order, the other forms need no such order"
     if (reason := _hopper_reject_reason(c, shape)) is not None:
         return reason
-    if (reason := _hopper_bwd_dims_reason(shape)) is not None:
-        return reason
     if form == HopperBwdForm.SLIDE and shape.head_dim != 64:
         return f"FORM 2 needs head dim 64, got {shape.head_dim}"
     if form == HopperBwdForm.SLIDE and shape.group == 1:
@@ -506,16 +505,9 @@ def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
     return _hopper_bwd_counts_reason(c, form, width) or _hopper_bwd_shared_reason(c, form, width, shape.limits)
 
 
-def _hopper_bwd_dims_reason(shape: _Shape) -> str | None:
-    if (shape.head_dim, shape.head_dim_v) in HOPPER_BWD_HEAD_DIMS:
-        return None
-    return (f"the Hopper backward has head dims {', '.join(f'{d}/{dv}' for d, dv in HOPPER_BWD_HEAD_DIMS)}, "
-            f"got {shape.head_dim}/{shape.head_dim_v}")
-
-
 def _hopper_bwd_wide_reason(c: HopperBwdConfig, form: HopperBwdForm, shape: _Shape) -> str | None:
     """The part of :func:`hopper_bwd_reject_reason` for head dims above 128, which have a kernel of their own."""
-    if (reason := _hopper_reject_reason(c, shape) or _hopper_bwd_dims_reason(shape)) is not None:
+    if (reason := _hopper_reject_reason(c, shape)) is not None:
         return reason
     if form != HopperBwdForm.ACCUMULATE:
         return f"head dims above 128 have FORM 0 only, whose dq differs from run to run, got FORM {c.FORM}"

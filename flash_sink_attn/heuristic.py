@@ -39,6 +39,7 @@ _HOPPER_FWD_WINDOW_SMALL_DIM = (
     HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=4, PROGRAMS_PER_SM=3, maxnreg=80),
     HopperFwdConfig(64, 64, 3, Q_STAGES=2, PROGRAMS_PER_SM=3, maxnreg=80))
 _HOPPER_BWD = (HopperBwdConfig(64, 128), HopperBwdConfig(64, 64, FORM=1))
+_HOPPER_BWD_LARGE_DIM = (HopperBwdConfig(64, 64, 3), HopperBwdConfig(64, 64))
 _HOPPER_BWD_SMALL_DIM = (HopperBwdConfig(64, 128, 3),)
 _HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 64, FORM=1),)
 _HOPPER_BWD_SLIDE = (HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 3, FORM=2))
@@ -148,7 +149,7 @@ def _hopper(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool) 
         slides = key.window is not None and key.window <= HOPPER_SLIDE_WINDOW and key.seqlen_q == key.seqlen_k
         recomputes = key.window is not None and key.window <= _RECOMPUTE_WINDOW
         candidates = (*(_HOPPER_BWD_SLIDE if slides else ()), *(_HOPPER_BWD_WINDOW if recomputes else ()),
-                      *(_HOPPER_BWD_SMALL_DIM if small else ()), *_HOPPER_BWD)
+                      *(_HOPPER_BWD_SMALL_DIM if small else ()), *_HOPPER_BWD, *_HOPPER_BWD_LARGE_DIM)
         if deterministic:
             candidates = tuple(config for config in candidates if reproducible(config))
     valid = (c for c in candidates if reject_reason(

@@ -25,6 +25,7 @@ from tests.hopper_cases import Case as ForwardCase
 FORWARD = HopperFwdConfig(64, 64)  # one that every head dim and group has; it is not what is tested
 ACCUMULATE_64, ACCUMULATE_128 = HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128)
 RECOMPUTE, RECOMPUTE_TWO = HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(128, 128, FORM=1)
+ACCUMULATE_WIDE, ACCUMULATE_WIDE_3 = HopperBwdConfig(64, 64), HopperBwdConfig(64, 64, 3)
 SLIDE, SLIDE_SHORT = HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 2, FORM=2, BUFFERS=3)
 # (head dim, configuration), and a window where it is made for one
 FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
@@ -39,7 +40,12 @@ FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
     "128-recompute-two": (128, RECOMPUTE_TWO, None),
     "64-slide": (64, SLIDE, 128),
     "64-slide-short": (64, SLIDE_SHORT, 37),
+    "192": (192, ACCUMULATE_WIDE, None),
+    "256": (256, ACCUMULATE_WIDE, None),
+    "192-window": (192, ACCUMULATE_WIDE_3, 128),
+    "256-window": (256, ACCUMULATE_WIDE, 200),
 }
+HEAD_DIM_V = {192: 128}  # where it is another
 SINKS = ("normal", "none", "absent", "high", "low", "half")
 
 
@@ -74,7 +80,8 @@ class Case(ForwardCase):
 def case(of: tuple[int, HopperBwdConfig, int | None], **more: Any) -> Case:
     """A call of a family, with a group of two unless something else is said."""
     head_dim, config, window = of
-    return Case(head_dim, config.to_dict(), **{"heads_kv": 2, "group": 2, "window": window} | more)
+    return Case(head_dim, config.to_dict(), HEAD_DIM_V.get(head_dim, 0),
+                **{"heads_kv": 2, "group": 2, "window": window} | more)
 
 
 def call(case: Case, x: AttentionInputs) -> dict[str, torch.Tensor]:
@@ -204,8 +211,8 @@ def _draw_config(r: random.Random, head_dim: int, group: int) -> HopperBwdConfig
         config = HopperBwdConfig(
             BLOCK_M=r.choice((64, 64, 128)), BLOCK_N=r.choice((64, 128, 192)), num_stages=r.choice((1, 2, 2, 3, 4)),
             maxnreg=r.choice((None, None, None, 104, 128)), FORM=form, BUFFERS=r.choice((0, 0, 1, 2, 3, 4)))
-        if reject_reason(config, "hopper_bwd", head_dim=head_dim, head_dim_v=head_dim, group=group,
-                         limits=limits_of(90)) is None:
+        if reject_reason(config, "hopper_bwd", head_dim=head_dim, head_dim_v=HEAD_DIM_V.get(head_dim, head_dim),
+                         group=group, limits=limits_of(90)) is None:
             return config
 
 
@@ -215,7 +222,7 @@ def draw(seed: int, kinds: int = 24, longest: int = 700) -> Case:
     own = random.Random(f"backward case {seed}")
     kind = own.randrange(kinds)
     r = random.Random(f"backward kind {kind}")
-    head_dim = (64, 128, 64, 96, 64, 128)[kind % 6]
+    head_dim = (64, 128, 64, 96, 256, 64, 128, 192)[kind % 8]
     group = r.choice((1, 2, 5, 7, 8))
     config = _draw_config(r, head_dim, group)
     varlen, own_keys = r.random() < 0.4, r.random() < 0.3
@@ -257,7 +264,7 @@ def draw(seed: int, kinds: int = 24, longest: int = 700) -> Case:
                 "batch": 2, "seqlen_q": n, "seqlen_k": n}
             keys = n
         window = own.choice((low, own.randint(low, min(high, keys - 1))))
-    return Case(head_dim, config.to_dict(), 0, r.choice(("bfloat16", "float16")),
+    return Case(head_dim, config.to_dict(), HEAD_DIM_V.get(head_dim, 0), r.choice(("bfloat16", "float16")),
                 own.choice((1, 1, 2, 3) if group < 5 else (1, 1, 2)), group, window, sinks=sinks,
                 layout=own.choice(("contiguous", "contiguous", *LAYOUTS[1:])), poison=own.random() < 0.3, seed=seed,
                 wanted=own.choice((wanted, wanted, "kvs" if "s" in wanted else "kv", "qs" if "s" in wanted else "q")),

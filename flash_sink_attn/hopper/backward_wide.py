@@ -260,6 +260,7 @@ def _compute_keys(dk_desc, dk2_desc, DK, DQ, cu_q, cu_k, smem, bars, work, scale
         cu_q, cu_k, work, 64, GROUP, WINDOW, VARLEN, True, 4)
     if ok:
         v = v_smem.index(0).reshape([64, DV])
+        row = gl.arange(0, 64, layout=ROW)
         zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
         dq_zero = gl.zeros([64, PART], gl.float32, Q_LAYOUT)
         dk = gl.zeros([64, D], gl.float32, K_LAYOUT)
@@ -280,18 +281,20 @@ def _compute_keys(dk_desc, dk2_desc, DK, DQ, cu_q, cu_k, smem, bars, work, scale
         if VARLEN:
             if first_key + 64 > len_k:
                 zero_rows(v, len_k - first_key, 64, DV)
-            if m * 64 + 64 > len_q:
-                zero_rows(do_smem.index(0).reshape([64, DV]), len_q - m * 64, 64, DV)
         dp = warpgroup_mma(v, do_smem.index(0).reshape([64, DV]).permute((1, 0)), zero, use_acc=False, is_async=True)
         dp = warpgroup_mma_wait(0, deps=[dp])
         for i in range(total):
             dp -= gl.expand_dims(delta_smem.index(slot).load(ROW), 0)
-            barrier_arrive(do_empty + slot, True)
+            if VARLEN:
+                if m * 64 + 64 > len_q:
+                    # of the next sequence's rows, where P is 0: 0 * NaN is NaN
+                    dp = gl.where(gl.expand_dims(row < len_q - m * 64, 0), dp, 0.0)
             barrier_wait(p_ready, i & 1)
             ds = (p_smem.load(S_LAYOUT).to(gl.float32) * dp).to(dtype)
             ds_smem.index(i & 1).store(ds)
             fence_async_shared()
             barrier_arrive(ds_ready, True)
+            barrier_arrive(do_empty + slot, True)
             ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
             # beyond a sequence's end q and K are zero by now: the other warpgroup saw to it before it made P
             mbarrier.wait(q_ready.index(slot), phase)
@@ -316,12 +319,9 @@ def _compute_keys(dk_desc, dk2_desc, DK, DQ, cu_q, cu_k, smem, bars, work, scale
                 dq = warpgroup_mma_wait(1, deps=[dq])
                 scratch_add_64(to + (c - 1) * (PART * 256), dq)
                 dq = more
-            do = do_smem.index(following).reshape([64, DV])
             mbarrier.wait(do_ready.index(following), following_phase, pred=i + 1 < total)
-            if VARLEN:
-                if (i + 1 < total) & (m * 64 + 64 > len_q):
-                    zero_rows(do, len_q - m * 64, 64, DV)
-            dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v, do_smem.index(following).reshape([64, DV]).permute((1, 0)), zero, use_acc=False,
+                               is_async=True)
             dq = warpgroup_mma_wait(1, deps=[dq])
             scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
             # not carried in flight over the back edge, as above
