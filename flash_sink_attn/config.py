@@ -191,7 +191,8 @@ class HopperBwdConfig(_Config):
     Attributes:
         BLOCK_M: query rows of a tile, 64; with FORM 1 of the kernel that makes dq, and there 128 for 64 tokens of two
             heads at once.
-        BLOCK_N: keys of a tile, 64 per warpgroup: 128 with FORM 0, 64 or 128 with FORM 1, 192 with FORM 2.
+        BLOCK_N: keys of a tile, 64 per warpgroup: 128 with FORM 0, 64 or 128 with FORM 1, 192 with FORM 2. At head dims
+            above 128, which have FORM 0 only, 64 for two warpgroups.
         num_stages: tiles of q and do that shared memory holds.
         maxnreg: registers per thread of the kernel that makes dk and dv, a choice with FORM 1 and 64 keys only; None
             for the form's own number.
@@ -218,7 +219,7 @@ class HopperBwdConfig(_Config):
     @property
     def num_warps(self) -> int:
         """Four per warpgroup with keys, and four for the others: who loads, stores, or makes dq."""
-        return 4 * (self.BLOCK_N // 64) + 4
+        return 4 * max(self.BLOCK_N // 64, 2 if self.FORM == HopperBwdForm.ACCUMULATE else 1) + 4
 
     @property
     def reproducible(self) -> bool:
@@ -468,9 +469,14 @@ def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
     return None
 
 
-HOPPER_BWD_HEAD_DIMS = ((64, 64), (96, 96), (128, 128))
+HOPPER_BWD_HEAD_DIMS = HOPPER_HEAD_DIMS
 HOPPER_SLIDE_WINDOW = 129  # what 64 queries see of it is in three blocks of 64 keys
 HOPPER_SHARED_DQ_BUFFERS = 4  # where two warpgroups make dq together, by the order of their turns
+
+
+def hopper_bwd_width(head_dim: int) -> int:
+    """Columns of a tile in the Hopper backward: a head dim and what the copy engine fills up."""
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else head_dim
 
 
 def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
@@ -478,6 +484,8 @@ def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
     if c.FORM not in tuple(HopperBwdForm):
         return f"FORM must be one of {tuple(map(int, HopperBwdForm))}, got {c.FORM}"
     form = HopperBwdForm(c.FORM)
+    if shape.head_dim > 128:
+        return _hopper_bwd_wide_reason(c, form, shape)
     sizes = {HopperBwdForm.ACCUMULATE: ((64,), (128,)), HopperBwdForm.RECOMPUTE: ((64, 128), (64, 128)),
              HopperBwdForm.SLIDE: ((64,), (192,))}[form]
     for name, value, allowed in (("BLOCK_M", c.BLOCK_M, sizes[0]), ("BLOCK_N", c.BLOCK_N, sizes[1])):
@@ -493,9 +501,6 @@ def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
                 f"{c.SPLIT_GROUP}")
     if c.SPLIT_GROUP > 1 and form == HopperBwdForm.SLIDE:
         return f"SPLIT_GROUP must be 1 with FORM 2, got {c.SPLIT_GROUP}"
-    if (shape.head_dim, shape.head_dim_v) not in HOPPER_BWD_HEAD_DIMS:
-        return (f"the Hopper backward has head dims {', '.join(f'{d}/{dv}' for d, dv in HOPPER_BWD_HEAD_DIMS)}, "
-                f"got {shape.head_dim}/{shape.head_dim_v}")
     if form == HopperBwdForm.SLIDE and shape.head_dim != 64:
         return f"FORM 2 needs head dim 64, got {shape.head_dim}"
     if form == HopperBwdForm.SLIDE and shape.group == 1:
@@ -503,10 +508,32 @@ def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
         return "FORM 2 needs a group of two heads or more"
     if c.BLOCK_M == 128 and shape.group == 1:
         return "BLOCK_M 128 needs a group of two heads or more"
-    width = 64 if shape.head_dim <= 64 else 128
+    width = hopper_bwd_width(shape.head_dim)
     if form == HopperBwdForm.ACCUMULATE and c.num_stages < 2:
         return f"num_stages must be at least 2 with FORM 0 (a tile begins before the last is done), got {c.num_stages}"
     return _hopper_bwd_counts_reason(c, form, width) or _hopper_bwd_shared_reason(c, form, width, shape.limits)
+
+
+def _hopper_bwd_wide_reason(c: HopperBwdConfig, form: HopperBwdForm, shape: _Shape) -> str | None:
+    """The part of :func:`hopper_bwd_reject_reason` for head dims above 128, which have a kernel of their own."""
+    if (reason := _hopper_reject_reason(c, shape)) is not None:
+        return reason
+    if form != HopperBwdForm.ACCUMULATE:
+        return f"head dims above 128 have FORM 0 only, whose dq differs from run to run, got FORM {c.FORM}"
+    if (c.BLOCK_M, c.BLOCK_N) != (64, 64):
+        return f"BLOCK_M and BLOCK_N must be 64 at head dims above 128, got {c.BLOCK_M} and {c.BLOCK_N}"
+    if c.num_stages < 2:
+        return f"num_stages must be at least 2 with FORM 0 (a tile begins before the last is done), got {c.num_stages}"
+    for name, value, only in (("BUFFERS", c.BUFFERS, 0), ("maxnreg", c.maxnreg, None),
+                              ("SPLIT_GROUP", c.SPLIT_GROUP, 1), ("DETERMINISTIC", c.DETERMINISTIC, False)):
+        if value != only:
+            return f"{name} must be {only} at head dims above 128, got {value}"
+    # K and V, the ring of q, do and their rows' statistics, a tile of P and two of dS
+    shared = (2 * 64 * (shape.head_dim + shape.head_dim_v) * (1 + c.num_stages) + 512 * c.num_stages + 3 * 2 * 64 * 64
+              + HOPPER_OTHER_SHARED)
+    if shared > shape.limits.shared_bytes:
+        return f"tiles need {shared} bytes of shared memory, the GPU has {shape.limits.shared_bytes}"
+    return None
 
 
 def _hopper_bwd_counts_reason(c: HopperBwdConfig, form: HopperBwdForm, width: int) -> str | None:

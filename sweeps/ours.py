@@ -227,6 +227,8 @@ class Hopper(Ours):
             return []  # composed of its parts' winners
         if case.pass_ == "bwd":
             small = case.head_dim <= 64
+            if case.head_dim > 128:
+                return [HopperBwdConfig(64, 64, s).to_dict() for s in (2, 3)]
             tried = [HopperBwdConfig(64, 128, s, FORM=0) for s in ((2, 3, 4) if small else (2, 3))]
             if case.window:
                 tried += [HopperBwdConfig(m, n, s, FORM=1)

@@ -22,10 +22,12 @@ from flash_sink_attn.testing import AttentionInputs, check
 from tests.hopper_cases import LAYOUTS, _laid_out, _poisoned_memory, _same
 from tests.hopper_cases import Case as ForwardCase
 
-FORWARD = HopperFwdConfig(64, 64)  # one that every head dim and group has; it is not what is tested
+# What every group has; it is not what is tested. Head dim 256 needs more registers for a matrix instruction.
+FORWARD, FORWARD_256 = HopperFwdConfig(64, 64), HopperFwdConfig(128, 64, SHARE_Q=True)
 ACCUMULATE_64, ACCUMULATE_128 = HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128)
 ORDERED_64, ORDERED_128 = (dataclasses.replace(c, DETERMINISTIC=True) for c in (ACCUMULATE_64, ACCUMULATE_128))
 RECOMPUTE, RECOMPUTE_TWO = HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(128, 128, FORM=1)
+ACCUMULATE_WIDE, ACCUMULATE_WIDE_3 = HopperBwdConfig(64, 64), HopperBwdConfig(64, 64, 3)
 SLIDE, SLIDE_SHORT = HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 2, FORM=2, BUFFERS=3)
 # (head dim, configuration), and a window where it is made for one
 FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
@@ -48,7 +50,12 @@ FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
     "128-recompute-two": (128, RECOMPUTE_TWO, None),
     "64-slide": (64, SLIDE, 128),
     "64-slide-short": (64, SLIDE_SHORT, 37),
+    "192": (192, ACCUMULATE_WIDE, None),
+    "256": (256, ACCUMULATE_WIDE, None),
+    "192-window": (192, ACCUMULATE_WIDE_3, 128),
+    "256-window": (256, ACCUMULATE_WIDE, 200),
 }
+HEAD_DIM_V = {192: 128}  # where it is another
 SINKS = ("normal", "none", "absent", "high", "low", "half")
 
 
@@ -71,6 +78,10 @@ class Case(ForwardCase):
         return reject_reason(HopperBwdConfig(**self.config), "hopper_bwd", head_dim=self.head_dim,
                              head_dim_v=self.head_dim_v, group=self.group, limits=limits_of(90))
 
+    @property
+    def forward(self) -> HopperFwdConfig:
+        return FORWARD_256 if self.head_dim == 256 else FORWARD
+
     def gradient_of_lse(self, x: AttentionInputs) -> torch.Tensor | None:
         if not self.dlse:
             return None
@@ -83,7 +94,8 @@ class Case(ForwardCase):
 def case(of: tuple[int, HopperBwdConfig, int | None], **more: Any) -> Case:
     """A call of a family, with a group of two unless something else is said."""
     head_dim, config, window = of
-    return Case(head_dim, config.to_dict(), **{"heads_kv": 2, "group": 2, "window": window} | more)
+    return Case(head_dim, config.to_dict(), HEAD_DIM_V.get(head_dim, 0),
+                **{"heads_kv": 2, "group": 2, "window": window} | more)
 
 
 def call(case: Case, x: AttentionInputs) -> dict[str, torch.Tensor]:
@@ -91,7 +103,7 @@ def call(case: Case, x: AttentionInputs) -> dict[str, torch.Tensor]:
     from flash_sink_attn import flash_sink_attn_func, flash_sink_attn_varlen_func
 
     how: dict[str, Any] = {"return_lse": True, "impl": "hopper", "deterministic": case.deterministic or None,
-                           "config": {"hopper_fwd": FORWARD, "hopper_bwd": case.config}}
+                           "config": {"hopper_fwd": case.forward, "hopper_bwd": case.config}}
     given = {name: None if t is None else t.detach().requires_grad_(name[0] in case.wanted)
              for name, t in (("q", x.q), ("k", x.k), ("v", x.v), ("sinks", x.sinks))}
     with _poisoned_memory():
@@ -185,7 +197,7 @@ def build(case: Case, note: Callable[..., Any] | None = None) -> None:
     if note is not None:
         launch_forward.launch = launch_backward.launch = note
     try:
-        launch_forward.forward(q, k, v, sinks, o, lse, config=FORWARD, **how)
+        launch_forward.forward(q, k, v, sinks, o, lse, config=case.forward, **how)
         launch_backward.backward(q, k, v, sinks, o, lse, o, lse if case.dlse else None, *want.values(),
                                  config=HopperBwdConfig(**case.config), deterministic=case.deterministic, **how)
     finally:
@@ -213,8 +225,8 @@ def _draw_config(r: random.Random, head_dim: int, group: int) -> HopperBwdConfig
         config = HopperBwdConfig(
             BLOCK_M=r.choice((64, 64, 128)), BLOCK_N=r.choice((64, 128, 192)), num_stages=r.choice((1, 2, 2, 3, 4)),
             maxnreg=r.choice((None, None, None, 104, 128)), FORM=form, BUFFERS=r.choice((0, 0, 1, 2, 3, 4)))
-        if reject_reason(config, "hopper_bwd", head_dim=head_dim, head_dim_v=head_dim, group=group,
-                         limits=limits_of(90)) is None:
+        if reject_reason(config, "hopper_bwd", head_dim=head_dim, head_dim_v=HEAD_DIM_V.get(head_dim, head_dim),
+                         group=group, limits=limits_of(90)) is None:
             return config
 
 
@@ -224,7 +236,7 @@ def draw(seed: int, kinds: int = 24, longest: int = 700) -> Case:
     own = random.Random(f"backward case {seed}")
     kind = own.randrange(kinds)
     r = random.Random(f"backward kind {kind}")
-    head_dim = (64, 128, 64, 96, 64, 128)[kind % 6]
+    head_dim = (64, 128, 64, 96, 256, 64, 128, 192)[kind % 8]
     group = r.choice((1, 2, 5, 7, 8))
     config = _draw_config(r, head_dim, group)
     varlen, own_keys = r.random() < 0.4, r.random() < 0.3
@@ -266,7 +278,7 @@ def draw(seed: int, kinds: int = 24, longest: int = 700) -> Case:
                 "batch": 2, "seqlen_q": n, "seqlen_k": n}
             keys = n
         window = own.choice((low, own.randint(low, min(high, keys - 1))))
-    return Case(head_dim, config.to_dict(), 0, r.choice(("bfloat16", "float16")),
+    return Case(head_dim, config.to_dict(), HEAD_DIM_V.get(head_dim, 0), r.choice(("bfloat16", "float16")),
                 own.choice((1, 1, 2, 3) if group < 5 else (1, 1, 2)), group, window, sinks=sinks,
                 layout=own.choice(("contiguous", "contiguous", *LAYOUTS[1:])), poison=own.random() < 0.3, seed=seed,
                 wanted=own.choice((wanted, wanted, "kvs" if "s" in wanted else "kv", "qs" if "s" in wanted else "q")),

@@ -194,6 +194,7 @@ def test_the_rule_for_the_hopper_forward(config: HopperFwdConfig, shape: dict[st
 
 ACCUMULATE, RECOMPUTE, SLIDE = (
     HopperBwdConfig(64, 128), HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(64, 192, 4, FORM=2))
+WIDE = HopperBwdConfig(64, 64)
 
 
 @pytest.mark.parametrize(("config", "changes", "head_dim", "words"), [
@@ -204,14 +205,17 @@ ACCUMULATE, RECOMPUTE, SLIDE = (
     (ACCUMULATE, {"FORM": 3}, 64, "FORM must be one of"), (ACCUMULATE, {"BLOCK_M": 128}, 64, "BLOCK_M must be one of"),
     (ACCUMULATE, {"BLOCK_N": 64}, 64, "BLOCK_N must be one of"), (RECOMPUTE, {"BLOCK_N": 192}, 64, "with FORM 1"),
     (SLIDE, {"BLOCK_N": 128}, 64, "with FORM 2"), (SLIDE, {}, 128, "FORM 2 needs head dim 64"),
-    (SLIDE, {}, 96, "FORM 2 needs head dim 64"), (ACCUMULATE, {}, 256, "the Hopper backward has head dims"),
+    (SLIDE, {}, 96, "FORM 2 needs head dim 64"),
     (ACCUMULATE, {"num_stages": 1}, 64, "num_stages must be at least 2"),
     (ACCUMULATE, {"BUFFERS": 3}, 128, "BUFFERS must be 0 or 4"), (RECOMPUTE, {"BUFFERS": 2}, 64, "BUFFERS must be 0"),
     (ACCUMULATE, {"BUFFERS": 9}, 64, "BUFFERS must be from"), (ACCUMULATE, {"maxnreg": 128}, 64, "must be None"),
     (RECOMPUTE, {"maxnreg": 100}, 64, "multiple of 8"), (RECOMPUTE, {"maxnreg": 120}, 128, "multiple of 8 from 128"),
     (ACCUMULATE, {"num_stages": 4}, 128, "of shared memory"), (SLIDE, {"BUFFERS": 3}, 64, "of shared memory"),
     (RECOMPUTE, {"num_stages": 7}, 128, "of shared memory"),
-    (ACCUMULATE, {"DETERMINISTIC": True}, 64, "DETERMINISTIC must be False"),
+    (ACCUMULATE, {"DETERMINISTIC": True}, 64, None), (ACCUMULATE, {"SPLIT_GROUP": 2}, 128, None),
+    (ACCUMULATE, {"SPLIT_GROUP": 0}, 64, "SPLIT_GROUP must leave"),
+    (RECOMPUTE, {"SPLIT_GROUP": 9}, 64, "SPLIT_GROUP must leave"),
+    (SLIDE, {"SPLIT_GROUP": 2}, 64, "SPLIT_GROUP must be 1"),
     (RECOMPUTE, {"DETERMINISTIC": True}, 64, "DETERMINISTIC must be False"),
 ])
 def test_the_rule_for_the_hopper_backward(
@@ -221,8 +225,21 @@ def test_the_rule_for_the_hopper_backward(
     assert found is None if words is None else words in str(found)
 
 
-def test_the_hopper_backward_has_no_head_dims_that_differ() -> None:
-    assert "got 192/128" in str(reason(ACCUMULATE, "hopper_bwd", 192, 128))
+@pytest.mark.parametrize(("config", "head_dim", "head_dim_v", "words"), [
+    (WIDE, 192, 128, None), (WIDE, 256, 256, None), (dataclasses.replace(WIDE, num_stages=3), 192, 128, None),
+    (WIDE, 192, 192, "got 192/192"), (WIDE, 256, 128, "got 256/128"), (WIDE, 128, 128, "BLOCK_N must be one of"),
+    (dataclasses.replace(WIDE, num_stages=3), 256, 256, "bytes of shared memory"),
+    (dataclasses.replace(WIDE, num_stages=1), 192, 128, "num_stages must be at least 2"),
+    (ACCUMULATE, 256, 256, "must be 64 at head dims above 128"), (RECOMPUTE, 256, 256, "have FORM 0 only"),
+    (SLIDE, 192, 128, "have FORM 0 only"), (dataclasses.replace(WIDE, BUFFERS=2), 256, 256, "BUFFERS must be 0"),
+    (dataclasses.replace(WIDE, maxnreg=128), 256, 256, "maxnreg must be None"),
+    (dataclasses.replace(WIDE, DETERMINISTIC=True), 256, 256, "DETERMINISTIC must be False"),
+])
+def test_the_rule_for_the_hopper_backward_at_wide_head_dims(
+    config: HopperBwdConfig, head_dim: int, head_dim_v: int, words: str | None
+) -> None:
+    found = reason(config, "hopper_bwd", head_dim, head_dim_v)
+    assert found is None if words is None else words in str(found)
 
 
 def test_two_heads_at_once_need_two_heads() -> None:
@@ -233,7 +250,8 @@ def test_two_heads_at_once_need_two_heads() -> None:
 def test_warps_of_the_hopper_kernels_are_their_warpgroups() -> None:
     """Four per 64 rows that accumulate, and the producer's four."""
     assert [HopperFwdConfig(m, 64).num_warps for m in (64, 128, 192, 256)] == [8, 12, 16, 20]
-    assert HopperBwdConfig(64, 128).num_warps == 12
+    assert HopperBwdConfig(64, 128).num_warps == HopperBwdConfig(64, 64).num_warps == 12
+    assert HopperBwdConfig(64, 64, FORM=1).num_warps == 8
 
 
 def test_which_backward_gives_the_same_bits() -> None:

@@ -18,16 +18,18 @@ pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"the Hopper kernels
 
 # By name: every family, and of some what takes more registers or another way through the code.
 CASES = {name: case(of, seqlen_q=4096, group=8) for name, of in FAMILIES.items()}
-for _name in ("64", "128", "64-recompute", "128-recompute", "64-slide"):
+for _name in ("64", "128", "64-recompute", "128-recompute", "64-slide", "192", "256"):
     CASES[f"{_name}-varlen"] = case(FAMILIES[_name], seqlens=(4096, 100), group=8)
-for _name in ("64", "128", "128-recompute"):
+for _name in ("64", "128", "128-recompute", "192", "256"):
     CASES[f"{_name}-own-keys"] = case(FAMILIES[_name], seqlens=(4096, 100), seqlens_k=(4000, 300), group=7, dlse=True)
     CASES[f"{_name}-heads"] = case(FAMILIES[_name], seqlen_q=1000, seqlen_k=2000, group=1, dtype="float16", dlse=True)
 CASES["64-slide-no-sinks"] = case(FAMILIES["64-slide"], seqlen_q=4096, sinks="none", group=7, dtype="float16")
 # Kernels with a loop that multiplies and loads or stores what did not fit in registers: addresses, and at head dim 128
 # some of the masks' operands. What gets better has to leave this list.
-SPILLING = {"96": {"keys"}, "128": {"keys"}, "128-varlen": {"keys"}, "128-own-keys": {"keys"},
-            "64-slide-varlen": {"slide"}}
+SPILLING = {"96": {"keys"}, "128": {"keys"}, "128-varlen": {"keys"}, "128-own-keys": {"keys"}, "96-ordered": {"keys"},
+            "128-ordered": {"keys"}, "128-ordered-window": {"keys"}, "128-ordered-split": {"keys"},
+            "128-recompute-split": {"keys"},
+            "64-slide-varlen": {"slide"}, "256-window": {"wide"}, "256-varlen": {"wide"}, "256-own-keys": {"wide"}}
 
 # In a process of its own: it must neither touch a GPU nor enter the interpreter. ptxas says of each kernel whether it
 # made the matrix instructions wait for each other (C7510 to C7519).
@@ -64,6 +66,7 @@ for line in sys.stdin:
     build(Case(**fields))
     print(json.dumps([name, kernels]))
 """
+WIDE = {"hopper_bwd_wide_kernel"}
 MATRIX = {0: {"hopper_bwd_keys_kernel"}, 1: {"hopper_bwd_keys_kernel", "hopper_bwd_queries_kernel"},
           2: {"hopper_bwd_slide_kernel"}}
 BESIDE = {0: {"hopper_bwd_rows_kernel", "hopper_bwd_round_kernel"}, 1: set(), 2: {"hopper_bwd_join_kernel"}}
@@ -75,11 +78,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return built_in_halves(CODE, CASES, tmp_path_factory.mktemp("cache"))
 
 
+def matrix(name: str) -> set[str]:
+    """The kernels of a case that multiply."""
+    return WIDE if CASES[name].head_dim > 128 else MATRIX[CASES[name].config["FORM"]]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_it_multiplies_on_the_tensor_cores_and_does_not_serialise(built: dict[str, Any], name: str) -> None:
-    form = CASES[name].config["FORM"]
-    assert set(built[name]) == MATRIX[form] | BESIDE[form]
-    for kernel in MATRIX[form]:
+    shares = {"hopper_bwd_shares_kernel"} if CASES[name].config["SPLIT_GROUP"] > 1 else set()
+    assert set(built[name]) == matrix(name) | BESIDE[CASES[name].config["FORM"]] | shares
+    for kernel in matrix(name):
         found = built[name][kernel]
         assert found["hgmma"] >= 12 and found["ptxas"] == 0 and found["warnings"] == [], (kernel, found)
         assert not found["serialised"] and 0 < found["shared"] <= 232448 - 1024, (kernel, found)
@@ -87,8 +95,7 @@ def test_it_multiplies_on_the_tensor_cores_and_does_not_serialise(built: dict[st
 
 @pytest.mark.parametrize("name", CASES)
 def test_which_loops_spill(built: dict[str, Any], name: str) -> None:
-    form = CASES[name].config["FORM"]
-    spilling = {kernel.split("_")[2] for kernel in MATRIX[form] if built[name][kernel]["spills"]}
+    spilling = {kernel.split("_")[2] for kernel in matrix(name) if built[name][kernel]["spills"]}
     assert spilling == SPILLING.get(name, set()), built[name]
 
 

@@ -101,7 +101,8 @@ launcher._launch_new = lambda kernel, *arguments, **options: kernel.cache_key
 kernels = []
 names = ["kernels.forward", "kernels.backward"]
 if support.gluon_problem() is None:
-    names += [f"hopper.{n}" for n in ("forward", "window", "backward_keys", "backward_queries", "backward_slide")]
+    names += [f"hopper.{n}" for n in ("forward", "window", "backward_walk", "backward_keys", "backward_queries",
+                                      "backward_slide", "backward_wide")]
 for name in names:
     module = importlib.import_module(f"flash_sink_attn.{name}")
     kernels += [(f"{name}.{n}", f) for n, f in vars(module).items()

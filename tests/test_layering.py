@@ -54,6 +54,7 @@ PACKAGE = (
      "kernel_cache", "sass_check", "hopper.common"),
     ("launcher", "nearest", "machine_code", "sass_loops", "heuristic", "hopper.support", "hopper.backward_common",
      "hopper.descriptors"),
+    ("hopper.backward_walk",),
     ("testing", "dispatch", "kernels.*", "flash_attn_with_sink", "hopper.*"),
     ("kernels.launch", "hopper.launch_forward", "hopper.launch_backward", "selection"),
     ("_checks", "compile_only"),

@@ -68,6 +68,18 @@ def above(p, key, row):
 
 
 @gluon.jit
+def probabilities(s, lse2, key, row, m, first_key, window, scale_log2, WINDOW: gl.constexpr):
+    """P^T of 64 keys from ``first_key`` on (in positions of queries) and query tile ``m``; key, row: (64, 1), (64,)."""
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(lse2, 0))
+    if m * 64 < first_key + 63:
+        p = up_to(p, key, gl.expand_dims(m * 64 + row, 0))
+    if WINDOW:
+        if m * 64 + 63 >= first_key + window:
+            p = above(p, key, gl.expand_dims(m * 64 - window + row, 0))
+    return p
+
+
+@gluon.jit
 def opaque(x):
     """``x``, computed where it stands: keeps what depends on it from being hoisted into registers that spill."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
@@ -86,6 +98,23 @@ def scratch_offsets(LAYOUT: gl.constexpr, COLUMNS: gl.constexpr):
 def scratch_add(pointer, x):
     gl.inline_asm_elementwise("{ red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0; }",
                               "=r,l,l,l,l,f,f,f,f", [pointer, x], dtype=gl.int8, is_pure=False, pack=4)
+
+
+def _add_32() -> str:
+    """32 values ($40 ..) of a thread to where the first pointer ($8) says and, by fours, 2 KiB further each time."""
+    adds = " ".join(f"red.relaxed.gpu.global.add.v4.f32 [$8 + {j * 2048}], "
+                    f"{{{', '.join(f'${40 + 4 * j + i}' for i in range(4))}}};" for j in range(8))
+    return f"{{ {adds} {' '.join(f'mov.b32 ${i}, 0;' for i in range(8))} }}"
+
+
+ADD_32: gl.constexpr = gl.constexpr(_add_32())
+ADD_32_OPERANDS: gl.constexpr = gl.constexpr(",".join(["=r"] * 8 + ["l"] * 32 + ["f"] * 32))
+
+
+@gluon.jit
+def scratch_add_64(pointer, x):
+    """As :func:`scratch_add` for a multiple of 64 columns: one address in registers for each 64 and not eight."""
+    gl.inline_asm_elementwise(ADD_32, ADD_32_OPERANDS, [pointer, x], dtype=gl.int8, is_pure=False, pack=32)
 
 
 @gluon.jit

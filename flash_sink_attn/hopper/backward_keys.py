@@ -17,12 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flash_sink_attn.hopper.backward_common import (
-    above,
+    probabilities,
     scratch_add,
     scratch_offsets,
     scratch_put,
     sum_sinks,
-    up_to,
     zero_rows,
 )
 from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, keep_order, key_tile, next_tile
@@ -43,7 +42,7 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
                STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr):
     """The loader of a program that holds keys: K and V once, then a ring of q, do and their rows' statistics."""
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
-    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added = bars
+    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
         cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, 1)
@@ -89,18 +88,6 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
 
 
 @gluon.jit
-def _probabilities(s, lse2, key, row, m, first_key, window, scale_log2, WINDOW: gl.constexpr):
-    """P^T of 64 keys from ``first_key`` on (in positions of queries) and query tile ``m``; key, row: (64, 1), (64,)."""
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(lse2, 0))
-    if m * 64 < first_key + 63:
-        p = up_to(p, key, gl.expand_dims(m * 64 + row, 0))
-    if WINDOW:
-        if m * 64 + 63 >= first_key + window:
-            p = above(p, key, gl.expand_dims(m * 64 - window + row, 0))
-    return p
-
-
-@gluon.jit
 def _dq_product(ds_panels, k_panels, buffer, zero, COLUMN: gl.constexpr, WARPGROUPS: gl.constexpr, D: gl.constexpr):
     """Starts 64 columns of dQ = dS K: the sum over all warpgroups' keys."""
     dq = zero
@@ -122,7 +109,7 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
     one tile late, so that none waits for the other's dS. ROUNDED: dS from P as it was rounded for dV; saves registers.
     """
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
-    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added = bars
+    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     dtype: gl.constexpr = k_smem.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -179,7 +166,7 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
                     if m * 64 + 64 > len_q:
                         zero_rows(do, len_q - m * 64, 64, D)
                 dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-                p = _probabilities(s, lse_smem.index(slot).load(ROW), key, row, m, first_key - offset, window,
+                p = probabilities(s, lse_smem.index(slot).load(ROW), key, row, m, first_key - offset, window,
                                    scale_log2, WINDOW)
                 p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
                 dv = warpgroup_mma(p16, do, dv, is_async=True)
@@ -254,7 +241,7 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
                             zero_rows(do, len_q - m * 64, 64, D)
                     dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
                     s = warpgroup_mma_wait(1, deps=[s])
-                    p = _probabilities(s, lse_smem.index(slot).load(ROW), key, row, m, first_key - offset, window,
+                    p = probabilities(s, lse_smem.index(slot).load(ROW), key, row, m, first_key - offset, window,
                                        scale_log2, WINDOW)
                     p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
                     dv = warpgroup_mma(p16, do, dv, is_async=True)
@@ -317,7 +304,7 @@ def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr, GROU
                 WINDOW: gl.constexpr, TOGETHER: gl.constexpr, ORDERED: gl.constexpr):
     """The warpgroup that multiplies the others' dS by K and adds the product to scratch."""
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
-    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added = bars
+    kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     dtype: gl.constexpr = k_smem.dtype
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -395,9 +382,9 @@ def hopper_bwd_keys_kernel(
     #   turn i was read at turn i - 3, which the other warpgroup had behind it when it stored its dS of turn i - 2; and
     #   for that its arrival was waited for at turn i - 1.
     # turn (ORDERED): keep_order's taking warp once, when the tile's turn has come; who adds dQ waits for parity r % 2.
-    #   added: each warp that adds once, when it has issued its additions; the passing warp waits for parity r % 2, the
-    #   taking warp, before round r, for parity (r + 1) % 2. Neither can be lapped: round r + 1 of a slot of the one
-    #   needs round r of the other.
+    #   added: each warp that adds once, when it has issued its additions; the passing warp waits for parity r % 2.
+    #   passed: the passing warp once, when the next program has its turn; the taking warp waits, before round r, for
+    #   parity (r + 1) % 2. Nobody can be lapped: round r + 1 of a slot begins once round r has been passed on.
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -408,6 +395,7 @@ def hopper_bwd_keys_kernel(
     ds_empty = ds_ready + BUFFERS
     turn = ds_empty + BUFFERS
     added = turn + TURNS
+    passed = added + TURNS
     mbarrier.init(kv_ready, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_ready.index(i), count=2)
@@ -421,10 +409,11 @@ def hopper_bwd_keys_kernel(
         for i in gl.static_range(TURNS):
             barrier_init(turn + i, 1)
             barrier_init(added + i, 4 if DQ_BY == 1 else 4 * WARPGROUPS)
+            barrier_init(passed + i, 1)
     fence_async_shared()
     gl.thread_barrier()
     smem = (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem)
-    bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added)
+    bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed)
     work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
     if DQ_BY == 1 and ORDERED:
         gl.warp_specialize([
@@ -438,10 +427,10 @@ def hopper_bwd_keys_kernel(
               WINDOW, TOGETHER, ORDERED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
-            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, work, 64 * WARPGROUPS, GROUP, SPLIT, VARLEN,
-              WINDOW, TOGETHER, 0, True)),
-            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, work, 64 * WARPGROUPS, GROUP, SPLIT, VARLEN,
-              WINDOW, TOGETHER, 0, False)),
+            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
+              VARLEN, WINDOW, TOGETHER, 0, True)),
+            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
+              VARLEN, WINDOW, TOGETHER, 0, False)),
         ], [4, 4, 1, 1, 1], [REGISTERS, DQ_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
     elif DQ_BY == 1:
         gl.warp_specialize([
@@ -474,10 +463,10 @@ def hopper_bwd_keys_kernel(
               ORDERED, ROUNDED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
-            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, work, 64 * WARPGROUPS, GROUP, SPLIT, VARLEN,
-              WINDOW, TOGETHER, 1, True)),
-            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, work, 64 * WARPGROUPS, GROUP, SPLIT, VARLEN,
-              WINDOW, TOGETHER, 1, False)),
+            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
+              VARLEN, WINDOW, TOGETHER, 1, True)),
+            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
+              VARLEN, WINDOW, TOGETHER, 1, False)),
         ], [4, 1, 1, 1], [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
     else:
         gl.warp_specialize([

@@ -25,12 +25,13 @@ def _find(cu_seqlens, batch, total, tile, block):
 def hopper_bwd_rows_kernel(
     O, DO, Lse, DLse, Sinks, Lse2, Delta, Part, DQ, Turn, CuSeqlens, stride_b, stride_t, stride_h, batch, seqlen,
     heads, tiles,
-    D: tl.constexpr, D_TRUE: tl.constexpr, VARLEN: tl.constexpr,
+    D: tl.constexpr, D_TRUE: tl.constexpr, WIDTH: tl.constexpr, VARLEN: tl.constexpr,
 ):
     """Statistics of 64 rows of a head, their part of its sink's gradient, and zeros for their dQ and,
     where its sum has an order, whose turn it is.
 
-    tiles: of a sequence, of a packed batch the number of slots. Strides of DO, in elements.
+    tiles: of a sequence, of a packed batch the number of slots. Strides of DO, in elements. D, D_TRUE: of O and DO, the
+    power of two and the head dim. WIDTH: columns of DQ, a multiple of 64.
     """
     pid = tl.program_id(0).to(tl.int64)
     tile = pid % tiles
@@ -50,7 +51,8 @@ def hopper_bwd_rows_kernel(
     do_at = (b * stride_b + (start + row) * stride_t + h * stride_h)[:, None] + column[None, :]
     o = tl.load(O + o_at, mask=whole, other=0.0)
     do = tl.load(DO + do_at, mask=whole, other=0.0)
-    tl.store(DQ + pid * (64 * D) + tl.arange(0, 64 * D), tl.zeros([64 * D], tl.float32))
+    for c in tl.static_range(WIDTH // 64):
+        tl.store(DQ + pid * (64 * WIDTH) + c * 4096 + tl.arange(0, 4096), tl.zeros([4096], tl.float32))
     if Turn is not None:
         tl.store(Turn + pid, 0)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)

@@ -120,9 +120,9 @@ def _set_turn(pointer, number):
 
 
 @gluon.jit
-def keep_order(Turn, cu_q, cu_k, turn, added, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
-               VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr, LATE: gl.constexpr,
-               TAKES: gl.constexpr):
+def keep_order(Turn, cu_q, cu_k, turn, added, passed, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
+               SPLIT: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr,
+               LATE: gl.constexpr, TAKES: gl.constexpr):
     """One of two warps that let this program's dQ be added in the order of keys, so that sums have the same bits each
     time: the one that waits for the turn (TAKES), and the one that passes it on.
 
@@ -143,12 +143,13 @@ def keep_order(Turn, cu_q, cu_k, turn, added, work, BLOCK_N: gl.constexpr, GROUP
                     barrier_arrive(turn, True)
                 else:
                     barrier_wait(added, 0)
+                    barrier_arrive(passed, True)
         for i in range(LATE, total + LATE):
             pointer = Turn.to(gl.int64) + (tile0 + g * head_rows + m).to(gl.int64) * 4
             slot = i % TURNS
             if TAKES:
-                # before the first round of a slot nothing is to be added: passed at once
-                barrier_wait(added + slot, (i // TURNS + 1) & 1)
+                # a slot's first round has none before it to wait for
+                barrier_wait(passed + slot, (i // TURNS + 1) & 1)
                 earlier = 0
                 if WINDOW:
                     earlier = gl.maximum(m * 64 + offset - window + 1, 0) // BLOCK_N
@@ -158,4 +159,5 @@ def keep_order(Turn, cu_q, cu_k, turn, added, work, BLOCK_N: gl.constexpr, GROUP
             else:
                 barrier_wait(added + slot, (i // TURNS) & 1)
                 _set_turn(pointer, number + 1)
+                barrier_arrive(passed + slot, True)
             m, g, left = next_tile(m, g, left, course, TOGETHER)

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperBwdForm
+from flash_sink_attn.config import (
+    HOPPER_LOADER_REGISTERS,
+    HOPPER_SLIDE_WINDOW,
+    HopperBwdConfig,
+    HopperBwdForm,
+    hopper_bwd_width,
+    split_head_dim,
+)
 from flash_sink_attn.hopper.backward_keys import hopper_bwd_keys_kernel
 from flash_sink_attn.hopper.backward_queries import hopper_bwd_queries_kernel
 from flash_sink_attn.hopper.backward_rows import (
@@ -18,6 +25,7 @@ from flash_sink_attn.hopper.backward_rows import (
     hopper_bwd_shares_kernel,
 )
 from flash_sink_attn.hopper.backward_slide import hopper_bwd_slide_kernel
+from flash_sink_attn.hopper.backward_wide import hopper_bwd_wide_kernel
 from flash_sink_attn.hopper.descriptors import describe
 from flash_sink_attn.launcher import launch, workspace
 from flash_sink_attn.layout import LOG2E, Sequences
@@ -70,7 +78,7 @@ class _Call:
     @property
     def width(self) -> int:
         """Of a tile: the head dim and what the copy engine fills up."""
-        return 64 if self.q.shape[-1] <= 64 else 128
+        return hopper_bwd_width(self.q.shape[-1])
 
     @property
     def tiles(self) -> int:
@@ -143,7 +151,8 @@ def _accumulate(call: _Call) -> Any:
     """Statistics and zeros, then dK and dV with dQ added up in float32, then dQ in the tensor's own type."""
     c, device = call, call.q.device
     scratch = workspace((c.slots * c.q.shape[-2] * 64 * c.width,), torch.float32, device)
-    heads, common = c.q.shape[-2], {"D": c.width, "D_TRUE": c.q.shape[-1], "VARLEN": c.sequences.varlen}
+    heads, common = c.q.shape[-2], {"VARLEN": c.sequences.varlen}
+    width_v = hopper_bwd_width(c.v.shape[-1])
     # for each 64 rows of a head: which tile of keys adds to them next
     turn = workspace((c.slots * heads,), torch.int32, device) if c.config.DETERMINISTIC else None
     strides = c.do.stride()[:3] if c.do.dim() == 4 else (0, *c.do.stride()[:2])
@@ -151,12 +160,12 @@ def _accumulate(call: _Call) -> Any:
     launch(hopper_bwd_rows_kernel, c.slots * heads, device, [
         c.o, c.do, c.lse, c.dlse, c.sinks, c.lse2, c.delta, c.parts, scratch, turn, cu_q, *strides, c.sequences.batch,
         c.sequences.seqlen_q, heads, c.tiles,
-    ], common, num_warps=4 if c.width == 64 else 8)
-    compiled = _keys(c, scratch, turn)
+    ], {"D": width_v, "D_TRUE": c.v.shape[-1], "WIDTH": c.width} | common, num_warps=4 if width_v == 64 else 8)
+    compiled = _wide(c, scratch) if c.width > 128 else _keys(c, scratch, turn)
     launch(hopper_bwd_round_kernel, c.slots * heads, device, [
         scratch, c.dq, c.parts, c.dsinks, cu_q, c.sequences.batch, c.sequences.seqlen_q, heads, c.tiles, c.slots,
         c.scale,
-    ], common, num_warps=4)
+    ], {"D": c.width, "D_TRUE": c.q.shape[-1]} | common, num_warps=4)
     return compiled
 
 
@@ -213,6 +222,29 @@ def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) 
         ], {"SPLIT": split, "WARPGROUPS": warpgroups, "D": c.width, "D_TRUE": c.q.shape[-1],
             "VARLEN": c.sequences.varlen}, num_warps=4)
     return compiled
+
+
+def _wide(call: _Call, scratch: torch.Tensor) -> Any:
+    """As :func:`_keys` with ``scratch``, for head dims above 128."""
+    c = call
+    (first, second), width_v = split_head_dim(c.q.shape[-1]), c.v.shape[-1]
+    tiles = _slots(c.sequences, c.sequences.seqlen_k, 64)
+    section = max(1, _multiprocessors(c.q.device) // tiles)
+
+    def described(x: torch.Tensor) -> tuple[Any, Any]:
+        # without a second part anything stands for its descriptor
+        return describe(x, 64, first), describe(x, 64, second or first)
+
+    return launch(hopper_bwd_wide_kernel, tiles * c.units, c.q.device, [
+        *described(c.q), *described(c.k), describe(c.v, 64, width_v), describe(c.do, 64, width_v), *described(c.dk),
+        describe(c.dv, 64, width_v), c.dk, c.dv, scratch, c.lse2, c.delta, c.sequences.cu_seqlens_q,
+        c.sequences.cu_seqlens_k, c.sequences.batch, c.sequences.seqlen_q, c.sequences.seqlen_k, c.heads_kv, c.rows,
+        tiles, min(c.units, section), c.window, c.scale, c.scale * LOG2E,
+    ], {
+        "GROUP": c.group, "D": first, "D2": second, "DV": width_v, "STAGES": c.config.num_stages,
+        "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "REGISTERS": 240,
+        "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
+    }, num_warps=4, maxnreg=168)
 
 
 def _slide(call: _Call) -> Any:

@@ -1,0 +1,420 @@
+"""The Hopper backward for head dims above 128: dK, dV and a share of dQ by programs of 64 keys.
+
+64 keys are all whose dK and dV the registers of a multiprocessor hold. Two warpgroups share the products and not the
+columns: the first makes S, P and dV, the second dP, dS and dK, so that each multiplies 64 x 64 in front of its
+exponentials or sums and as wide a tile as there is behind them; what one needs of the other, P and dS, passes through
+shared memory. See :func:`hopper_bwd_wide_kernel`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flash_sink_attn.hopper.backward_common import probabilities, scratch_add_64, scratch_offsets, zero_rows
+from flash_sink_attn.hopper.backward_walk import first_tile, key_tile, next_tile
+from flash_sink_attn.hopper.common import (
+    advance,
+    barrier_arrive,
+    barrier_init,
+    barrier_wait,
+    barriers_declare,
+    hold_half,
+    store_bulk,
+)
+
+
+@gluon.jit
+def _load(descs, Lse2, Delta, cu_q, cu_k, smem, bars, work, shape: gl.constexpr):
+    """The loader: K and V once, then a ring of q, do and their rows' statistics."""
+    GROUP: gl.constexpr = shape[0]
+    D: gl.constexpr = shape[1]
+    D2: gl.constexpr = shape[2]
+    STAGES: gl.constexpr = shape[4]
+    VARLEN: gl.constexpr = shape[5]
+    WINDOW: gl.constexpr = shape[6]
+    q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc = descs
+    k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
+    kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready = bars
+    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
+    ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, 1)
+    BYTES: gl.constexpr = q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if D2 else 0)
+    if ok:
+        mbarrier.expect(kv_ready, BYTES + v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [b, start_k + first_key, head, 0], kv_ready, k_smem.index(0))
+        if D2:
+            tma.async_copy_global_to_shared(k2_desc, [b, start_k + first_key, head, D], kv_ready, k2_smem.index(0))
+        tma.async_copy_global_to_shared(v_desc, [b, start_k + first_key, head, 0], kv_ready, v_smem.index(0))
+        row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+        m, g, left, total = first_tile(course)
+        slot = 0
+        # A ring's first round finds its slots empty: waiting for the phase before the first one returns at once.
+        phase = 1
+        at = (b * (heads_kv * GROUP) + head * GROUP) * rows + base + row
+        # one tile ahead, so that their latency hides behind the waits
+        lse2 = gl.load(Lse2 + at + m * 64, mask=row < total * 64, other=0.0)
+        delta = gl.load(Delta + at + m * 64, mask=row < total * 64, other=0.0)
+        for i in range(total):
+            head_q = head * GROUP + g
+            barrier_wait(q_empty + slot, phase)
+            mbarrier.expect(q_ready.index(slot), BYTES)
+            tma.async_copy_global_to_shared(q_desc, [b, start_q + m * 64, head_q, 0], q_ready.index(slot),
+                                            q_smem.index(slot))
+            if D2:
+                tma.async_copy_global_to_shared(q2_desc, [b, start_q + m * 64, head_q, D], q_ready.index(slot),
+                                                q2_smem.index(slot))
+            barrier_wait(do_empty + slot, phase)
+            mbarrier.expect(do_ready.index(slot), do_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(do_desc, [b, start_q + m * 64, head_q, 0], do_ready.index(slot),
+                                            do_smem.index(slot))
+            lse_smem.index(slot).store(lse2)
+            mbarrier.arrive(q_ready.index(slot), count=1)
+            delta_smem.index(slot).store(delta)
+            mbarrier.arrive(do_ready.index(slot), count=1)
+            slot, phase = advance(slot, phase, STAGES)
+            m, g, left = next_tile(m, g, left, course, not WINDOW)
+            following = at + g * rows + m * 64
+            more = row < (total - 1 - i) * 64
+            lse2 = gl.load(Lse2 + following, mask=more, other=0.0)
+            delta = gl.load(Delta + following, mask=more, other=0.0)
+
+
+@gluon.jit
+def _scores(smem, slot, zero, D: gl.constexpr, D2: gl.constexpr):
+    """Starts S^T = K Q^T with the query tile in ``slot``."""
+    k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
+    s = warpgroup_mma(k_smem.index(0).reshape([64, D]), q_smem.index(slot).reshape([64, D]).permute((1, 0)), zero,
+                      use_acc=False, is_async=True)
+    if D2:
+        s = warpgroup_mma(k2_smem.index(0).reshape([64, D2]), q2_smem.index(slot).reshape([64, D2]).permute((1, 0)), s,
+                          is_async=True)
+    return s
+
+
+@gluon.jit
+def _start_dq(smem, i, zero, INDEX: gl.constexpr, D: gl.constexpr, D2: gl.constexpr):
+    """Starts dQ = dS K of tile ``i`` for a part of the columns, as wide as ``zero``.
+
+    Without D2 part number INDEX of all; with it the first warpgroup (INDEX 0) makes D columns and the second D2.
+    """
+    k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
+    ds = ds_smem.index(i & 1).permute((1, 0))
+    if D2 == 0:
+        PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        WIDTH: gl.constexpr = zero.shape[1]
+        k = k_smem._reinterpret(k_smem.dtype, [D // WIDTH, 64, WIDTH], PANEL).index(INDEX)
+        return warpgroup_mma(ds, k, zero, use_acc=False, is_async=True)
+    elif INDEX == 0:
+        return warpgroup_mma(ds, k_smem.index(0).reshape([64, D]), zero, use_acc=False, is_async=True)
+    else:
+        return warpgroup_mma(ds, k2_smem.index(0).reshape([64, D2]), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape: gl.constexpr):
+    """The warpgroup that makes S, P and dV, and the first columns of dQ."""
+    GROUP: gl.constexpr = shape[0]
+    D: gl.constexpr = shape[1]
+    D2: gl.constexpr = shape[2]
+    DV: gl.constexpr = shape[3]
+    STAGES: gl.constexpr = shape[4]
+    VARLEN: gl.constexpr = shape[5]
+    WINDOW: gl.constexpr = shape[6]
+    k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
+    kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready = bars
+    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
+    dtype: gl.constexpr = k_smem.dtype
+    # at head dim 256 the registers hold 64 columns of dQ at a time beside dV
+    PARTS: gl.constexpr = 1 if D2 else D // 128
+    PART: gl.constexpr = D if D2 else 64
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    V_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
+    Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
+                                                       instr_shape=[16, PART, 16])
+    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V_LAYOUT, k_width=2)
+    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, 4)
+    if ok:
+        key = gl.expand_dims(first_key - offset + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
+        row = gl.arange(0, 64, layout=ROW)
+        zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
+        dq_zero = gl.zeros([64, PART], gl.float32, Q_LAYOUT)
+        dv = gl.zeros([64, DV], gl.float32, V_LAYOUT)
+        offsets = DQ.to(gl.int64) + scratch_offsets(Q_LAYOUT, PART)
+        m, g, left, total = first_tile(course)
+        slot = 0
+        phase = 0
+        head_rows = rows // 64  # tiles of one head
+        tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
+        mbarrier.wait(kv_ready, 0)
+        if VARLEN:
+            if first_key + 64 > len_k:
+                zero_rows(k_smem.index(0).reshape([64, D]), len_k - first_key, 64, D)
+                if D2:
+                    zero_rows(k2_smem.index(0).reshape([64, D2]), len_k - first_key, 64, D2)
+        # S of the first tile; from then on each turn starts the next one's
+        mbarrier.wait(q_ready.index(0), 0, pred=total > 0)
+        if VARLEN:
+            if m * 64 + 64 > len_q:
+                zero_rows(q_smem.index(0).reshape([64, D]), len_q - m * 64, 64, D)
+                if D2:
+                    zero_rows(q2_smem.index(0).reshape([64, D2]), len_q - m * 64, 64, D2)
+        s = _scores(smem, 0, zero, D, D2)
+        s = warpgroup_mma_wait(0, deps=[s])
+        for i in range(total):
+            p = probabilities(s, lse_smem.index(slot).load(ROW), key, row, m, first_key - offset, window, scale_log2,
+                               WINDOW).to(dtype)
+            p_smem.store(p)
+            barrier_arrive(p_ready, True)
+            barrier_arrive(q_empty + slot, True)
+            p = hold_half(gl.convert_layout(p, A_LAYOUT))
+            do = do_smem.index(slot).reshape([64, DV])
+            mbarrier.wait(do_ready.index(slot), phase)
+            if VARLEN:
+                if m * 64 + 64 > len_q:
+                    zero_rows(do, len_q - m * 64, 64, DV)
+            dv = warpgroup_mma(p, do, dv, is_async=True)
+            current = tile0 + g * head_rows + m
+            m, g, left = next_tile(m, g, left, course, not WINDOW)
+            following, following_phase = advance(slot, phase, STAGES)
+            # while dV is being multiplied, the other warpgroup makes dS of this P
+            barrier_wait(ds_ready, i & 1)
+            dq = _start_dq(smem, i, dq_zero, 0, D, D2)
+            dv = warpgroup_mma_wait(1, deps=[dv])
+            hold_half(p)
+            barrier_arrive(do_empty + slot, True)
+            to = offsets + current.to(gl.int64) * ((D + D2) * 256)
+            for c in gl.static_range(1, PARTS):
+                more = _start_dq(smem, i, dq_zero, c, D, D2)
+                dq = warpgroup_mma_wait(1, deps=[dq])
+                scratch_add_64(to + (c - 1) * (PART * 256), dq)
+                dq = more
+            mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
+            if VARLEN:
+                if (i + 1 < total) & (m * 64 + 64 > len_q):
+                    zero_rows(q_smem.index(following).reshape([64, D]), len_q - m * 64, 64, D)
+                    if D2:
+                        zero_rows(q2_smem.index(following).reshape([64, D2]), len_q - m * 64, 64, D2)
+            s = _scores(smem, following, zero, D, D2)
+            dq = warpgroup_mma_wait(2 if D2 else 1, deps=[dq])
+            scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
+            # not carried in flight over the back edge: ptxas would serialise all products (C7514)
+            s = warpgroup_mma_wait(0, deps=[s])
+            slot = following
+            phase = following_phase
+        if VARLEN and first_key + 64 > len_k:
+            column = gl.expand_dims(gl.arange(0, DV, layout=gl.SliceLayout(0, V_LAYOUT)), 0)
+            out = gl.expand_dims(first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, V_LAYOUT)), 1)
+            at = ((start_k + out).to(gl.int64) * heads_kv + head) * DV + column
+            gl.store(DV_OUT + at, dv.to(dtype), mask=out < len_k)
+        else:
+            # The last dS told that the other warpgroup has read all tiles of do; this one's warps ask each other.
+            gl.thread_barrier()
+            do_smem.index(0).reshape([64, DV]).store(dv.to(dtype))
+            fence_async_shared()
+            gl.thread_barrier()
+            store_bulk(dv_desc, [b, start_k + first_key, head, 0], do_smem.index(0))
+            tma.store_wait(0)
+
+
+@gluon.jit
+def _compute_keys(dk_desc, dk2_desc, DK, DQ, cu_q, cu_k, smem, bars, work, scale, shape: gl.constexpr):
+    """The warpgroup that makes dP, dS and dK, and the last columns of dQ."""
+    GROUP: gl.constexpr = shape[0]
+    D: gl.constexpr = shape[1]
+    D2: gl.constexpr = shape[2]
+    DV: gl.constexpr = shape[3]
+    STAGES: gl.constexpr = shape[4]
+    VARLEN: gl.constexpr = shape[5]
+    WINDOW: gl.constexpr = shape[6]
+    k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
+    kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready = bars
+    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
+    dtype: gl.constexpr = k_smem.dtype
+    PARTS: gl.constexpr = 1 if D2 else D // 128
+    PART: gl.constexpr = D2 if D2 else 64
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    # of dQ, and of dK's last columns where they are a tile of their own: just as wide
+    Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
+                                                       instr_shape=[16, PART, 16])
+    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=K_LAYOUT, k_width=2)
+    A2_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=Q_LAYOUT, k_width=2)
+    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, 4)
+    if ok:
+        v = v_smem.index(0).reshape([64, DV])
+        row = gl.arange(0, 64, layout=ROW)
+        zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
+        dq_zero = gl.zeros([64, PART], gl.float32, Q_LAYOUT)
+        dk = gl.zeros([64, D], gl.float32, K_LAYOUT)
+        dk2 = dq_zero
+        COLUMN: gl.constexpr = D + D2 - PARTS * PART
+        offsets = DQ.to(gl.int64) + COLUMN * 256 + scratch_offsets(Q_LAYOUT, PART)
+        m, g, left, total = first_tile(course)
+        slot = 0
+        phase = 0
+        head_rows = rows // 64  # tiles of one head
+        tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
+        mbarrier.wait(kv_ready, 0)
+        # dP of the first tile; from then on each turn starts the next one's
+        mbarrier.wait(do_ready.index(0), 0, pred=total > 0)
+        if VARLEN:
+            if first_key + 64 > len_k:
+                zero_rows(v, len_k - first_key, 64, DV)
+        dp = warpgroup_mma(v, do_smem.index(0).reshape([64, DV]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        for i in range(total):
+            dp -= gl.expand_dims(delta_smem.index(slot).load(ROW), 0)
+            if VARLEN:
+                if m * 64 + 64 > len_q:
+                    # of the next sequence's rows, where P is 0: 0 * NaN is NaN
+                    dp = gl.where(gl.expand_dims(row < len_q - m * 64, 0), dp, 0.0)
+            barrier_wait(p_ready, i & 1)
+            ds = (p_smem.load(S_LAYOUT).to(gl.float32) * dp).to(dtype)
+            ds_smem.index(i & 1).store(ds)
+            fence_async_shared()
+            barrier_arrive(ds_ready, True)
+            barrier_arrive(do_empty + slot, True)
+            ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
+            # beyond a sequence's end q and K are zero by now: the other warpgroup saw to it before it made P
+            mbarrier.wait(q_ready.index(slot), phase)
+            dk = warpgroup_mma(ds, q_smem.index(slot).reshape([64, D]), dk, is_async=True)
+            if D2:
+                dk2 = warpgroup_mma(gl.convert_layout(ds, A2_LAYOUT), q2_smem.index(slot).reshape([64, D2]), dk2,
+                                    is_async=True)
+            current = tile0 + g * head_rows + m
+            m, g, left = next_tile(m, g, left, course, not WINDOW)
+            following, following_phase = advance(slot, phase, STAGES)
+            barrier_wait(ds_ready, i & 1)
+            dq = _start_dq(smem, i, dq_zero, PARTS, D, D2)
+            if D2:
+                dk, dk2 = warpgroup_mma_wait(1, deps=[dk, dk2])
+            else:
+                dk = warpgroup_mma_wait(1, deps=[dk])
+            hold_half(ds)
+            barrier_arrive(q_empty + slot, True)
+            to = offsets + current.to(gl.int64) * ((D + D2) * 256)
+            for c in gl.static_range(1, PARTS):
+                more = _start_dq(smem, i, dq_zero, PARTS + c, D, D2)
+                dq = warpgroup_mma_wait(1, deps=[dq])
+                scratch_add_64(to + (c - 1) * (PART * 256), dq)
+                dq = more
+            mbarrier.wait(do_ready.index(following), following_phase, pred=i + 1 < total)
+            dp = warpgroup_mma(v, do_smem.index(following).reshape([64, DV]).permute((1, 0)), zero, use_acc=False,
+                               is_async=True)
+            dq = warpgroup_mma_wait(1, deps=[dq])
+            scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
+            # not carried in flight over the back edge, as above
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            slot = following
+            phase = following_phase
+        dk *= scale
+        if D2:
+            dk2 *= scale
+        if VARLEN and first_key + 64 > len_k:
+            column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, K_LAYOUT)), 0)
+            out = gl.expand_dims(first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, K_LAYOUT)), 1)
+            at = ((start_k + out).to(gl.int64) * heads_kv + head) * (D + D2) + column
+            gl.store(DK + at, dk.to(dtype), mask=out < len_k)
+            if D2:
+                column = gl.expand_dims(D + gl.arange(0, D2, layout=gl.SliceLayout(0, Q_LAYOUT)), 0)
+                out = gl.expand_dims(first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, Q_LAYOUT)), 1)
+                at = ((start_k + out).to(gl.int64) * heads_kv + head) * (D + D2) + column
+                gl.store(DK + at, dk2.to(dtype), mask=out < len_k)
+        else:
+            # The last P told that the other warpgroup has read all tiles of q; this one's warps ask each other.
+            gl.thread_barrier()
+            q_smem.index(0).reshape([64, D]).store(dk.to(dtype))
+            if D2:
+                q2_smem.index(0).reshape([64, D2]).store(dk2.to(dtype))
+            fence_async_shared()
+            gl.thread_barrier()
+            store_bulk(dk_desc, [b, start_k + first_key, head, 0], q_smem.index(0))
+            if D2:
+                store_bulk(dk2_desc, [b, start_k + first_key, head, D], q2_smem.index(0))
+            tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "rows", "tiles", "section", "window"])
+def hopper_bwd_wide_kernel(
+    q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc, dk_desc, dk2_desc, dv_desc, DK, DV_OUT, DQ, Lse2, Delta,
+    CuSeqlensQ, CuSeqlensK,
+    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, scale, scale_log2,
+    GROUP: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    VARLEN: gl.constexpr, WINDOW: gl.constexpr, REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+):
+    """One program per 64 keys of a key head, which walks the query tiles that see them, all heads of a tile in turn.
+
+    *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64, 1, D) or DV, and those with a 2 of
+    the columns from D on in blocks of (1, 64, 1, D2), where D2 is not 0; a packed batch is one long sequence. DK,
+    DV_OUT: the same memory as dk_desc, dv_desc, contiguous. DQ: float32 scratch of zeros, (64, D + D2) for each tile
+    of each head in the order of scratch_offsets. Lse2, Delta: as hopper_bwd_keys_kernel's.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    k_smem = gl.allocate_shared_memory(dtype, [1] + k_desc.block_type.shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [1] + v_desc.block_type.shape, v_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
+    do_smem = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_type.shape, do_desc.layout)
+    k2_smem = k_smem
+    q2_smem = q_smem
+    if D2:
+        k2_smem = gl.allocate_shared_memory(dtype, [1] + k2_desc.block_type.shape, k2_desc.layout)
+        q2_smem = gl.allocate_shared_memory(dtype, [STAGES] + q2_desc.block_type.shape, q2_desc.layout)
+    p_smem = gl.allocate_shared_memory(dtype, [64, 64], PANEL)
+    ds_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], PANEL)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], FLAT)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], FLAT)
+    # Who arrives, how often, who waits for which parity; round r of a slot is its r-th use, i the i-th tile, from 0.
+    # kv_ready: the loader once, and the bytes of K and V; both warpgroups wait for parity 0.
+    # q_ready, do_ready: the loader twice (with the bytes it expects, and once the rows' statistics are stored); both
+    #   warpgroups wait for parity r % 2.
+    # q_empty, do_empty: each of the eight warps once, when its product that reads the slot has ended and, of lse the
+    #   first four and of delta the others, it has read the statistics; the loader waits, before it fills the slot for
+    #   round r, for parity (r + 1) % 2: at round 0 the one before the first, which is passed at once.
+    # p_ready: each warp that makes P once, when its part of tile i's is stored; those that make dS wait for parity
+    #   i % 2. ds_ready: the other way round, and those that make dS wait for it too, since each reads all of dS.
+    # Nobody waits to overwrite. P(i) goes where P(i - 1) was, after the wait for all of dS(i - 1), which was made of
+    # it. dS(i) goes where dS(i - 2) was, which both warpgroups' products have read: the first has said so with P(i)
+    # and the second with dS(i - 1), for both of which all warps that write have waited.
+    kv_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    barriers_declare(rows)
+    q_empty = 0
+    do_empty = q_empty + STAGES
+    p_ready = do_empty + STAGES
+    ds_ready = p_ready + 1
+    mbarrier.init(kv_ready, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_ready.index(i), count=2)
+        mbarrier.init(do_ready.index(i), count=2)
+        barrier_init(q_empty + i, 8)
+        barrier_init(do_empty + i, 8)
+    barrier_init(p_ready, 4)
+    barrier_init(ds_ready, 4)
+    fence_async_shared()
+    gl.thread_barrier()
+    smem = (k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem)
+    bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready)
+    work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
+    # by place, as the partitions take it apart
+    shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW)
+    gl.warp_specialize([
+        (_compute_values, (dv_desc, DV_OUT, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale_log2, shape)),
+        (_compute_keys, (dk_desc, dk2_desc, DK, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale, shape)),
+        (_load, ((q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc), Lse2, Delta, CuSeqlensQ, CuSeqlensK, smem, bars,
+          work, shape)),
+    ], [4, 1], [REGISTERS, LOADER_REGISTERS])
