@@ -156,7 +156,8 @@ def _hopper(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool) 
         candidates = (*(_HOPPER_BWD_SLIDE if slides else ()), *(_HOPPER_BWD_WINDOW if recomputes else ()),
                       *(_HOPPER_BWD_SMALL_DIM if small else ()), *_HOPPER_BWD, *_HOPPER_BWD_LARGE_DIM)
         if not recomputes and key.batch * key.heads_kv * -(-key.seqlen_k // 128) <= _PROGRAMS_AT_ONCE:
-            candidates = (*(dataclasses.replace(c, SPLIT_GROUP=2) for c in candidates), *candidates)
+            shared = (dataclasses.replace(c, SPLIT_GROUP=2) for c in candidates if isinstance(c, HopperBwdConfig))
+            candidates = (*shared, *candidates)
         if deterministic:
             candidates = tuple(config for config in candidates if reproducible(config))
     valid = (c for c in candidates if reject_reason(

@@ -40,11 +40,11 @@ _POWERS = (16, 32, 64, 128, 256)
 _HOPPER_CAUSAL: dict[bool, dict[str, Any]] = {
     True: {"hopper_fwd": [{"BLOCK_M": 192, "BLOCK_N": 128, "num_stages": 3, "PROGRAMS_PER_SM": [0, 1]},
                           {"BLOCK_M": 256, "BLOCK_N": 64, "num_stages": 4, "PROGRAMS_PER_SM": 1}],
-           "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": [3, 4]},
+           "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 3, "SPLIT_GROUP": [1, 2]},
                           {"BLOCK_M": 64, "BLOCK_N": 64, "FORM": 1}]},
     False: {"hopper_fwd": [{"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2, "PROGRAMS_PER_SM": [0, 1]},
                            {"BLOCK_M": 128, "BLOCK_N": 64, "num_stages": 2, "SHARE_Q": True, "PROGRAMS_PER_SM": 1}],
-            "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 2},
+            "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 2, "SPLIT_GROUP": [1, 2]},
                            {"BLOCK_M": 64, "BLOCK_N": 64, "FORM": 1}]},
 }
 _HOPPER_WINDOW: dict[bool, dict[str, Any]] = {

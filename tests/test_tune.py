@@ -104,8 +104,8 @@ def test_every_case_of_every_preset_has_tiles_that_can_work(name: str) -> None:
             assert runs >= 3, c.id
         elif c.pass_ == "fwd":
             assert runs >= 2, c.id
-        else:       # the Hopper backward has no head dims beyond 128
-            assert (runs >= 1) is (max(c.head_dim, c.head_dim_v) <= 128), c.id
+        else:
+            assert runs >= 1, c.id
 
 
 def test_lengths_and_windows_that_are_asked_for() -> None:
