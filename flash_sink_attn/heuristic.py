@@ -49,9 +49,9 @@ _PROGRAMS_AT_ONCE = 132
 _HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 64, FORM=1),)
 _HOPPER_BWD_SLIDE = (HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 3, FORM=2))
 # Adding dq up outside costs two launches more and a pass over it in float32, two more products per pair of tiles cost
-# by the window. At 8192 tokens the latter takes 0.62 of the time with 512 keys (0.49 at head dim 128), 0.75 with 1024,
-# and 1.29 without a window.
-_RECOMPUTE_WINDOW = 1024
+# by the window. At 8192 tokens the latter takes 1.04 of the time with 1024 keys at head dim 64, and at head dim 128 0.78
+# with 1024 and 0.85 with 4096. By whether the head dim is at most 64.
+_RECOMPUTE_WINDOW = {True: 512, False: 4096}
 
 # Tried in order until one fits, the special ones first. From measurements on an H100: small tiles with a deep pipeline
 # beat 128 x 128; a first operand in registers (REGISTER_A) halves what the matrix unit reads from shared memory, but
@@ -152,7 +152,7 @@ def _hopper(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool) 
         candidates = (*special, *_HOPPER_FWD)
     else:
         slides = key.window is not None and key.window <= HOPPER_SLIDE_WINDOW and key.seqlen_q == key.seqlen_k
-        recomputes = key.window is not None and key.window <= _RECOMPUTE_WINDOW
+        recomputes = key.window is not None and key.window <= _RECOMPUTE_WINDOW[small]
         candidates = (*(_HOPPER_BWD_SLIDE if slides else ()), *(_HOPPER_BWD_WINDOW if recomputes else ()),
                       *(_HOPPER_BWD_SMALL_DIM if small else ()), *_HOPPER_BWD, *_HOPPER_BWD_LARGE_DIM)
         if not recomputes and key.batch * key.heads_kv * -(-key.seqlen_k // 128) <= _PROGRAMS_AT_ONCE:
