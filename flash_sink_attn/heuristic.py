@@ -49,8 +49,8 @@ _PROGRAMS_AT_ONCE = 132
 _HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 64, FORM=1),)
 _HOPPER_BWD_SLIDE = (HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 3, FORM=2))
 # Adding dq up outside costs two launches more and a pass over it in float32, two more products per pair of tiles cost
-# by the window. At 8192 tokens the latter takes 1.04 of the time with 1024 keys at head dim 64, and at head dim 128 0.78
-# with 1024 and 0.85 with 4096. By whether the head dim is at most 64.
+# by the window. At 8192 tokens the latter takes 1.04 of the time with 1024 keys at head dim 64, at head dim 128 it is
+# 0.78 with 1024 and 0.85 with 4096. By whether the head dim is at most 64.
 _RECOMPUTE_WINDOW = {True: 512, False: 4096}
 
 # Tried in order until one fits, the special ones first. From measurements on an H100: small tiles with a deep pipeline
