@@ -16,6 +16,7 @@ from flash_sink_attn.config import (
     AnyConfig,
     AttnConfig,
     HopperBwdConfig,
+    HopperBwdForm,
     HopperFwdConfig,
     Impl,
     Kernel,
@@ -44,10 +45,16 @@ class MiscompiledError(RuntimeError):
     """A kernel that was built and would compute wrong values; it must not be timed, and not be run."""
 
 
-def _grid(config: AnyConfig) -> str:
-    """What of a configuration is not in the machine code: how many programs share the tiles."""
-    programs = getattr(config, "PROGRAMS_PER_SM", None)
-    return "" if programs is None else f".{programs}"
+def _beside_code(config: AnyConfig) -> str:
+    """What of a configuration is not in the machine code that is hashed, the main kernel's.
+
+    How many programs share the tiles, and the tile of the kernel that recomputes dq.
+    """
+    if isinstance(config, HopperFwdConfig):
+        return f".{config.PROGRAMS_PER_SM}"
+    if isinstance(config, HopperBwdConfig) and config.FORM == HopperBwdForm.RECOMPUTE:
+        return f".{config.BLOCK_M}"
+    return ""
 
 
 def tiles_of(case: Case, config: Mapping[str, Any], impl: Impl = "triton") -> AttnConfig:
@@ -145,7 +152,7 @@ class Ours:
                                                                            "instructions")},
                 **({"threads": 32 * next(iter(tiles.values())).num_warps} if len(tiles) == 1 else {}),
                 "cache_hit": all(b.cached for b in built),
-                "binary": "-".join(b.binary + _grid(tile) for b, tile in zip(built, tiles.values(), strict=True))}
+                "binary": "-".join(b.binary + _beside_code(t) for b, t in zip(built, tiles.values(), strict=True))}
 
     def tiles(self, case: Case, config: Mapping[str, Any], arch: int) -> dict[Kernel, AnyConfig]:
         """The configuration of every kernel of the pass."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flash_sink_attn import _mode, flash_sink_attn_func
-from flash_sink_attn.config import HopperFwdConfig, TileConfig
+from flash_sink_attn.config import HopperBwdConfig, HopperFwdConfig, TileConfig
 from flash_sink_attn.hopper import support
 from flash_sink_attn.kernel_code import kernel_code_hash
 from sweeps import ours
@@ -102,7 +102,9 @@ def test_each_implementation_has_a_hash_of_its_own() -> None:
     assert kernel_code_hash("hopper") != kernel_code_hash("triton") == kernel_code_hash()
 
 
-def test_a_grid_is_no_duplicate_of_another() -> None:
-    """How many programs share the tiles is not in the machine code, by which duplicates are known."""
-    assert ours._grid(HopperFwdConfig(64, 64, PROGRAMS_PER_SM=1)) != ours._grid(HopperFwdConfig(64, 64))
-    assert ours._grid(TileConfig(64, 64)) == ""
+def test_what_the_main_kernels_code_does_not_show_tells_configurations_apart() -> None:
+    """By that code duplicates are known, which are not measured."""
+    beside = ours._beside_code
+    assert beside(HopperFwdConfig(64, 64, PROGRAMS_PER_SM=1)) != beside(HopperFwdConfig(64, 64))
+    assert beside(HopperBwdConfig(128, 64, FORM=1)) != beside(HopperBwdConfig(64, 64, FORM=1))
+    assert beside(TileConfig(64, 64)) == ""
