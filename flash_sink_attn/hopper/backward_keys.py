@@ -39,13 +39,14 @@ from flash_sink_attn.hopper.common import (
 @gluon.jit
 def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, cu_q, cu_k, smem, bars, work,
                WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr,
-               STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr):
+               STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr,
+               ORDERED: gl.constexpr):
     """The loader of a program that holds keys: K and V once, then a ring of q, do and their rows' statistics."""
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, 1)
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED, 1)
     if ok:
         mbarrier.expect(kv_ready, 2 * WARPGROUPS * k_desc.block_type.nbytes)
         for c in gl.static_range(WARPGROUPS):
@@ -118,7 +119,7 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, 4)
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED, 4)
     if ok:
         first_key += INDEX * 64
         k = k_smem.index(INDEX).reshape([64, D])
@@ -310,7 +311,7 @@ def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr, GROU
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, 4)
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED, 4)
     if ok:
         k_panels = k_smem._reinterpret(dtype, [WARPGROUPS * (D // 64), 64, 64], PANEL)
         ds_panels = ds_smem._reinterpret(dtype, [BUFFERS * WARPGROUPS, 64, 64], PANEL)
@@ -353,7 +354,7 @@ def hopper_bwd_keys_kernel(
     sequence. DK, DV: the same memory as dk_desc, dv_desc, contiguous. Sums: with SPLIT, float32 parts of them, tiles of
     64 x D (see scratch_offsets) [tile of keys, share, warpgroup, dK or dV]. DQ: float32 scratch of zeros, tiles of 64 x
     64 [batch, head, row / 64, column / 64]. Turn: with ORDERED, int32 zeros, one for each 64 rows of
-    DQ: the number of the keys' tile that adds to them next. Lse2, Delta: float32 (batch, heads_q, rows), a packed
+    DQ: how many tiles of keys have added to them. Lse2, Delta: float32 (batch, heads_q, rows), a packed
     batch (heads_q, rows) with sequence i from row (start_i // 64 + i) * 64 on; +inf and 0 beyond a sequence.
     Part, DSinks: where given, the programs sum each head's ``slots`` parts.
     """
@@ -426,7 +427,7 @@ def hopper_bwd_keys_kernel(
             (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
               WINDOW, TOGETHER, ORDERED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
               VARLEN, WINDOW, TOGETHER, 0, True)),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
@@ -443,7 +444,7 @@ def hopper_bwd_keys_kernel(
             (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
               WINDOW, TOGETHER, ORDERED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
         ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, LOADER_REGISTERS])
     elif WARPGROUPS == 1:
         gl.warp_specialize([
@@ -451,7 +452,7 @@ def hopper_bwd_keys_kernel(
               scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
         ], [1], [LOADER_REGISTERS])
     elif ORDERED:
         gl.warp_specialize([
@@ -462,7 +463,7 @@ def hopper_bwd_keys_kernel(
               scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
               VARLEN, WINDOW, TOGETHER, 1, True)),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
@@ -477,5 +478,5 @@ def hopper_bwd_keys_kernel(
               scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER)),
+              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
         ], [4, 1], [REGISTERS, LOADER_REGISTERS])

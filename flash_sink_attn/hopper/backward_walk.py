@@ -14,12 +14,13 @@ TURNS: gl.constexpr = gl.constexpr(4)
 
 @gluon.jit
 def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, WINDOW: gl.constexpr,
-             VARLEN: gl.constexpr, TOGETHER: gl.constexpr, NUM_WARPS: gl.constexpr):
+             VARLEN: gl.constexpr, TOGETHER: gl.constexpr, ORDERED: gl.constexpr, NUM_WARPS: gl.constexpr):
     """(ok, batch, key head, place of its parts of dK and dV, first key, keys' minus queries' length, lengths, where the
     sequences and its statistics begin, course of the walk).
 
     Without packing, tiles go by sections of ``section`` shares of (batch, key head) pairs, longest first under a causal
-    mask. Each of the SPLIT shares has some of the group's query heads.
+    mask; but shortest first where walks go down and dQ is added in order (see :func:`keep_order`). Each of the SPLIT
+    shares has some of the group's query heads.
     """
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     HEADS: gl.constexpr = (GROUP + SPLIT - 1) // SPLIT
@@ -57,6 +58,8 @@ def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT
         base = 0
         place = (unit // SPLIT * tiles + n) * SPLIT + share
         down = s % 2 == 0
+        if ORDERED and TOGETHER:
+            n = gl.where(down, tiles - 1 - n, n)
     first_key = n * BLOCK_N
     offset = len_k - len_q
     begin = gl.maximum(first_key - offset, 0) // 64
@@ -123,17 +126,21 @@ def _set_turn(pointer, number):
 def keep_order(Turn, cu_q, cu_k, turn, added, passed, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
                SPLIT: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr,
                LATE: gl.constexpr, TAKES: gl.constexpr):
-    """One of two warps that let this program's dQ be added in the order of keys, so that sums have the same bits each
+    """One of two warps that let this program's dQ be added in an order of keys, so that sums have the same bits each
     time: the one that waits for the turn (TAKES), and the one that passes it on.
 
-    A program waits only for those with a lower number, which the GPU starts before it: nobody waits in a circle. LATE:
-    who adds begins with a tile of zeros that needs no turn.
+    A turn takes a microsecond or two to pass, so the programs of a head run one behind the other. On the way down,
+    where programs start together and those with the last keys end first, the last keys go first: who ends first is held
+    up least, and the next section's first program comes the sooner. Everywhere else the first keys do: on the way up
+    programs start one by one, and with a window each is where its neighbour was. A program waits only for those with a
+    lower program number, which the GPU starts before it: nobody waits in a circle. LATE: who adds begins with a tile of
+    zeros that needs no turn.
     """
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, 1)
+        cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, True, 1)
     if ok:
-        number = first_key // BLOCK_N
+        n = first_key // BLOCK_N
         head_rows = rows // 64
         tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
         m, g, left, total = first_tile(course)
@@ -147,17 +154,21 @@ def keep_order(Turn, cu_q, cu_k, turn, added, passed, work, BLOCK_N: gl.constexp
         for i in range(LATE, total + LATE):
             pointer = Turn.to(gl.int64) + (tile0 + g * head_rows + m).to(gl.int64) * 4
             slot = i % TURNS
+            # tiles of keys that add before this one does
+            before = n
+            if WINDOW:
+                before -= gl.maximum(m * 64 + offset - window + 1, 0) // BLOCK_N
+            if TOGETHER and not VARLEN:
+                last = gl.minimum((m * 64 + 63 + offset) // BLOCK_N, tiles - 1)
+                before = gl.where(course[2] < 0, last - n, n)
             if TAKES:
                 # a slot's first round has none before it to wait for
                 barrier_wait(passed + slot, (i // TURNS + 1) & 1)
-                earlier = 0
-                if WINDOW:
-                    earlier = gl.maximum(m * 64 + offset - window + 1, 0) // BLOCK_N
-                if number > earlier:
-                    _await_turn(pointer, number)
+                if before > 0:
+                    _await_turn(pointer, before)
                 barrier_arrive(turn + slot, True)
             else:
                 barrier_wait(added + slot, (i // TURNS) & 1)
-                _set_turn(pointer, number + 1)
+                _set_turn(pointer, before + 1)
                 barrier_arrive(passed + slot, True)
             m, g, left = next_tile(m, g, left, course, TOGETHER)

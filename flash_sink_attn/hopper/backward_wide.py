@@ -45,7 +45,7 @@ def _load(descs, Lse2, Delta, cu_q, cu_k, smem, bars, work, shape: gl.constexpr)
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, 1)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False, 1)
     BYTES: gl.constexpr = q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if D2 else 0)
     if ok:
         mbarrier.expect(kv_ready, BYTES + v_desc.block_type.nbytes)
@@ -142,7 +142,7 @@ def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, 4)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False, 4)
     if ok:
         key = gl.expand_dims(first_key - offset + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
         row = gl.arange(0, 64, layout=ROW)
@@ -251,7 +251,7 @@ def _compute_keys(dk_desc, dk2_desc, DK, DQ, cu_q, cu_k, smem, bars, work, scale
     A2_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=Q_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, 4)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False, 4)
     if ok:
         v = v_smem.index(0).reshape([64, DV])
         row = gl.arange(0, 64, layout=ROW)
