@@ -79,7 +79,8 @@ def make_inputs(
         sink_scale: standard deviation of the sinks.
     """
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
-    generator = torch.Generator(device=device).manual_seed(seed)
+    meta = torch.device(device).type == "meta"  # which has no numbers to draw
+    generator = None if meta else torch.Generator(device=device).manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)

@@ -6,20 +6,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import random
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from flash_sink_attn.config import HopperBwdConfig, HopperFwdConfig, limits_of, reject_reason
+from flash_sink_attn.config import (
+    HOPPER_SLIDE_WINDOW,
+    HopperBwdConfig,
+    HopperFwdConfig,
+    limits_of,
+    reject_reason,
+)
 from flash_sink_attn.reference import attention_reference_gradients, eager_gradients
 from flash_sink_attn.testing import AttentionInputs, check
-from tests.hopper_cases import LAYOUTS, _laid_out, _poisoned_memory, _same
+from tests import hopper_cases, hopper_worker
+from tests.hopper_cases import LAYOUTS, MOST_SCORES, _laid_out, _poisoned_memory, _same, launching, scores
 from tests.hopper_cases import Case as ForwardCase
 
 # What every group has; it is not what is tested. Head dim 256 needs more registers for a matrix instruction.
@@ -170,134 +174,130 @@ def _leaks(case: Case, x: AttentionInputs, clean: dict[str, torch.Tensor],
     return wrong
 
 
-def build(case: Case, note: Callable[..., Any] | None = None) -> None:
-    """Compile the kernels that the call will use, without a GPU; or only tell ``note`` of each launch."""
+def build(case: Case, launch: Callable[..., Any] | None = None) -> None:
+    """Compile the kernels that the call will use, without a GPU; with ``launch`` hand that the launches instead."""
     from flash_sink_attn.hopper import launch_backward, launch_forward
     from flash_sink_attn.layout import Sequences
 
-    x = case.inputs("cpu")
-    q, k, v = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (x.q, x.k, x.v))
-    sinks = None if x.sinks is None else x.sinks.to("meta")
+    x = case.inputs("meta")
+    q, k, v, sinks = x.q, x.k, x.v, x.sinks
     o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device="meta")
     if x.cu_seqlens_q is None:
         lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), device="meta")
         sequences = Sequences(q.shape[0], q.shape[1], k.shape[1])
     else:
-        assert x.cu_seqlens_k is not None
         lse = torch.empty((q.shape[1], q.shape[0]), device="meta")
-        own_k = x.cu_seqlens_k.to("meta") if case.seqlens_k != case.seqlens else None
-        sequences = Sequences(len(case.seqlens), q.shape[0], k.shape[0], x.cu_seqlens_q.to("meta"), own_k)
+        own_k = x.cu_seqlens_k if case.seqlens_k != case.seqlens else None
+        sequences = Sequences(len(case.seqlens), q.shape[0], k.shape[0], x.cu_seqlens_q, own_k)
     keys = k.shape[0] if case.seqlens else k.shape[1]
     window = None if case.window is not None and case.window >= keys else case.window
     how: dict[str, Any] = {"sequences": sequences, "window": window, "scale": q.shape[-1] ** -0.5}
     want = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") if t is not None and name in case.wanted else None
             for name, t in (("q", q), ("k", k), ("v", v), ("s", sinks))}
-    modules: tuple[Any, Any] = (launch_forward, launch_backward)
-    before = [module.launch for module in modules]
-    if note is not None:
-        launch_forward.launch = launch_backward.launch = note
-    try:
+    with launching(launch):
         launch_forward.forward(q, k, v, sinks, o, lse, config=case.forward, **how)
         launch_backward.backward(q, k, v, sinks, o, lse, o, lse if case.dlse else None, *want.values(),
                                  config=HopperBwdConfig(**case.config), deterministic=case.deterministic, **how)
-    finally:
-        for module, launch in zip(modules, before, strict=True):
-            module.launch = launch
 
 
 def kernels_of(case: Case) -> tuple[str, ...]:
-    """Names the kernels that the call will use: equal for cases that share them."""
-    found = []
-
-    def note(kernel: Any, programs: int, device: Any, runtime: list[Any], constants: dict[str, Any],
-             **how: Any) -> None:
-        kinds = [(x.base.dtype, x.block_shape) if hasattr(x, "block_shape") else getattr(x, "dtype", type(x))
-                 for x in runtime]
-        found.append(repr((kernel.__name__, kinds, constants, how)))
-
-    build(case, note)
-    return tuple(found)
+    """Names the kernels that the call will use, one for each launch."""
+    return hopper_cases.kernels_of(case, build)
 
 
-def _draw_config(r: random.Random, head_dim: int, group: int) -> HopperBwdConfig:
-    while True:
-        form = r.choice((0, 0, 1, 1, 2) if head_dim > 64 else (0, 0, 1, 1, 2, 2))
-        config = HopperBwdConfig(
-            BLOCK_M=r.choice((64, 64, 128)), BLOCK_N=r.choice((64, 128, 192)), num_stages=r.choice((1, 2, 2, 3, 4)),
-            maxnreg=r.choice((None, None, None, 104, 128)), FORM=form, BUFFERS=r.choice((0, 0, 1, 2, 3, 4)))
-        if reject_reason(config, "hopper_bwd", head_dim=head_dim, head_dim_v=HEAD_DIM_V.get(head_dim, head_dim),
-                         group=group, limits=limits_of(90)) is None:
-            return config
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What decides, beside the configuration, which kernels a call uses; configurations share the forward of a setting.
+
+    Attributes:
+        packed: "": batches of one length; same: packed batches; own: those with lengths of their own for the keys.
+        windows: shortest and longest; within them the forward is the same kernel.
+    """
+
+    head_dim: int
+    dtype: str
+    group: int
+    packed: str = ""
+    windows: tuple[int, int] | None = None
+    sinks: str = "normal"
+    dlse: bool = False
 
 
-def draw(seed: int, kinds: int = 24, longest: int = 700) -> Case:
-    """The case of a seed. There are ``kinds`` kinds of them: what decides which kernels are compiled belongs to the
-    kind, all else to the seed."""
+SHORT, LONG = (1, 125), (126, 600)
+WINDOW_64, PACKED_64 = Setting(64, "bfloat16", 8, "", SHORT), Setting(64, "float16", 5, "same", LONG, "half", True)
+OWN_KEYS_64, HEADS_64 = Setting(64, "bfloat16", 2, "own", sinks="none"), Setting(64, "float16", 1)
+CAUSAL_128, WINDOW_128 = Setting(128, "bfloat16", 4), Setting(128, "float16", 7, "own", LONG, "normal", True)
+CAUSAL_96, WINDOW_96 = Setting(96, "bfloat16", 3, "same", None, "none"), Setting(96, "float16", 2, "", SHORT, "half")
+ORDERED_SPLIT_64, ORDERED_SPLIT_128 = (
+    dataclasses.replace(c, SPLIT_GROUP=2) for c in (ORDERED_64, ORDERED_128))
+RECOMPUTE_SPLIT, RECOMPUTE_TWO_SPLIT = (dataclasses.replace(c, SPLIT_GROUP=2) for c in (RECOMPUTE, RECOMPUTE_TWO))
+# Of every seven in a row no two are alike: a few calls already make all forms and head dims.
+KINDS: tuple[tuple[Setting, HopperBwdConfig], ...] = (
+    (WINDOW_64, SLIDE), (CAUSAL_128, ORDERED_SPLIT_128), (WINDOW_96, RECOMPUTE_SPLIT),
+    (Setting(192, "bfloat16", 7), ACCUMULATE_WIDE), (Setting(256, "float16", 2, "", LONG), ACCUMULATE_WIDE),
+    (PACKED_64, RECOMPUTE_TWO), (OWN_KEYS_64, ACCUMULATE_64),
+    (PACKED_64, SLIDE_SHORT), (WINDOW_128, RECOMPUTE), (CAUSAL_96, ACCUMULATE_128),
+    (Setting(192, "float16", 2, "own", SHORT, "normal", True), ACCUMULATE_WIDE_3),
+    (Setting(256, "bfloat16", 4, "same", None, "none"), ACCUMULATE_WIDE), (WINDOW_64, ORDERED_SPLIT_64),
+    (CAUSAL_128, RECOMPUTE_TWO),
+    (WINDOW_64, RECOMPUTE), (CAUSAL_128, ACCUMULATE_128), (WINDOW_96, ORDERED_128), (HEADS_64, ACCUMULATE_64),
+    (PACKED_64, dataclasses.replace(ACCUMULATE_64, SPLIT_GROUP=2)), (OWN_KEYS_64, RECOMPUTE_SPLIT),
+    (WINDOW_128, RECOMPUTE_TWO_SPLIT),
+    (WINDOW_64, RECOMPUTE_TWO), (WINDOW_128, ORDERED_128), (CAUSAL_96, HopperBwdConfig(64, 128, FORM=1)),
+    (WINDOW_64, ACCUMULATE_64), (HEADS_64, HopperBwdConfig(64, 64, 3, maxnreg=128, FORM=1)),
+)
+
+
+def draw(seed: int, kinds: int = len(KINDS)) -> Case:
+    """The case of a seed. The first ``kinds`` of KINDS take turns; they decide which kernels are compiled, the seed
+    all else."""
+    return next(case for longest in (700, 350, 150, 60, 20) if scores(
+        case := _draw(seed, *KINDS[seed % kinds], longest)) <= MOST_SCORES)
+
+
+def _draw(seed: int, setting: Setting, config: HopperBwdConfig, longest: int) -> Case:
     own = random.Random(f"backward case {seed}")
-    kind = own.randrange(kinds)
-    r = random.Random(f"backward kind {kind}")
-    head_dim = (64, 128, 64, 96, 256, 64, 128, 192)[kind % 8]
-    group = r.choice((1, 2, 5, 7, 8))
-    config = _draw_config(r, head_dim, group)
-    varlen, own_keys = r.random() < 0.4, r.random() < 0.3
     slides = config.FORM == 2
-    windowed = slides or r.random() < (0.4 if config.FORM == 0 else 0.7)
-    # one side of where the forward's edges meet, and of where the slide ends
-    low, high = r.choice(((1, 125), (130, 2 * longest))) if not slides else r.choice(((1, 125), (126, 129)))
-    if slides:
-        own_keys = False
-    sinks = r.choice(("normal", "normal", "none", "half"))
-    if sinks == "normal":
-        sinks = own.choice(("normal", "normal", "absent", "high", "low"))
-    wanted = r.choice(("qkvs", "qkvs", "qkvs", "qkv"))
+    # one that cannot slide recomputes, with the kernels of a kind of its own
+    other = slides and own.random() < 0.2
+    sinks = own.choice(("normal", "normal", "absent", "high", "low")) if setting.sinks == "normal" else setting.sinks
 
     def length() -> int:
-        return own.choice((1, 2, 63, 64, 65, own.randint(3, 200), own.randint(100, longest), own.randint(100, longest)))
+        return own.choice((1, 2, 63, 64, 65, own.randint(3, 200), own.randint(longest // 8, longest),
+                           own.randint(longest // 8, longest)))
 
+    low, high = setting.windows or (0, 0)
+    if slides and not (other and setting.packed):
+        high = min(high, HOPPER_SLIDE_WINDOW)
     shape: dict[str, Any] = {}
-    if varlen:
-        count = own.choice((1, 2, 3, 4, 9))
-        shape["seqlens"] = [own.choice((0, length(), length())) for _ in range(count)]
-        shape["seqlens"][own.randrange(count)] = length()
-        if own_keys:
-            shape["seqlens_k"] = [own.choice((0, n, n + own.randint(1, 100), length())) for n in shape["seqlens"]]
-            shape["seqlens_k"][own.randrange(count)] = length()
-            if shape["seqlens_k"] == shape["seqlens"]:
+    if setting.packed:
+        count = own.choice((1, 2, 3, 4, 8))
+        lengths = [own.choice((0, length(), length())) for _ in range(count)]
+        lengths[own.randrange(count)] = max(length(), low + 1)  # where the window hides nothing it is another kernel
+        shape["seqlens"] = lengths
+        if setting.packed == "own":
+            shape["seqlens_k"] = [own.choice((0, n, n + own.randint(1, 100), length())) for n in lengths]
+            shape["seqlens_k"][own.randrange(count)] = max(length(), low + 1)
+            if shape["seqlens_k"] == lengths:
                 shape["seqlens_k"][0] += 1
-        keys = sum(shape.get("seqlens_k", shape["seqlens"]))
+        keys = sum(shape.get("seqlens_k", lengths))
     else:
-        n = length()
-        shape = {"batch": own.choice((1, 1, 2, 3)), "seqlen_q": n,
-                 "seqlen_k": n if slides else own.choice((n, n, n + own.randint(1, longest), max(1, n // 3)))}
-        keys = shape["seqlen_k"]
+        n = max(length(), low + 1)
+        keys = n if slides and not other else max(low + 1, own.choice((n, n, n + own.randint(1, longest), n // 3)))
+        shape = {"batch": own.choice((1, 1, 2, 3, 6)), "seqlen_q": n, "seqlen_k": keys}
     window = None
-    if windowed:
-        if keys <= low:  # its window would hide nothing, another kernel
-            n = low + 1 + own.randint(0, 99)
-            shape = {"seqlens": [n], **({"seqlens_k": [n + 1]} if own_keys else {})} if varlen else {
-                "batch": 2, "seqlen_q": n, "seqlen_k": n}
-            keys = n
-        window = own.choice((low, own.randint(low, min(high, keys - 1))))
-    return Case(head_dim, config.to_dict(), HEAD_DIM_V.get(head_dim, 0), r.choice(("bfloat16", "float16")),
-                own.choice((1, 1, 2, 3) if group < 5 else (1, 1, 2)), group, window, sinks=sinks,
+    if setting.windows:
+        high = min(high, keys - 1)
+        window = own.choice((low, own.randint(low, min(high, low + 64)), own.randint(low, high)))
+        if low <= 128 <= high and own.random() < 0.2:
+            window = 128
+    s = "s" if setting.sinks != "none" else ""
+    wanted = own.choice((*("qkv" + s,) * 5, "kv" + s, "q" + s))
+    return Case(setting.head_dim, config.to_dict(), HEAD_DIM_V.get(setting.head_dim, 0), setting.dtype,
+                own.choice((1, 1, 2, 3) if setting.group < 5 else (1, 1, 2)), setting.group, window, sinks=sinks,
                 layout=own.choice(("contiguous", "contiguous", *LAYOUTS[1:])), poison=own.random() < 0.3, seed=seed,
-                wanted=own.choice((wanted, wanted, "kvs" if "s" in wanted else "kv", "qs" if "s" in wanted else "q")),
-                dlse=r.random() < 0.4, deterministic=config.FORM > 0 and own.random() < 0.3, **shape)
-
-
-def main() -> None:
-    """As tests.hopper_worker's."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what others print is no answer
-    for line in sys.stdin:
-        fatal = False
-        try:
-            found = problems(Case(**json.loads(line)))
-        except Exception as error:  # a result like any other
-            found = [f"{type(error).__name__}: {error}"[:2000]]
-            fatal = "CUDA" in str(error)
-        print(json.dumps([found, fatal]), file=answers, flush=True)
+                wanted=wanted, dlse=setting.dlse, deterministic=config.reproducible and own.random() < 0.3, **shape)
 
 
 if __name__ == "__main__":
-    main()
+    hopper_worker.serve_cases(problems, Case)
