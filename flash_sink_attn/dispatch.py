@@ -26,6 +26,7 @@ from flash_sink_attn.devices import gpu_slug
 from flash_sink_attn.heuristic import heuristic
 from flash_sink_attn.kernel_code import CODE_FIELD, impl_of, kernel_code_hash
 from flash_sink_attn.nearest import FARTHEST, nearest
+from flash_sink_attn.regimes import lends
 from flash_sink_attn.tuned_table import (
     ENV_VAR,
     Entry,
@@ -113,13 +114,14 @@ def decide(
             what = "the entry for exactly this shape"
             found: tuple[Entry, float] | None = (entry, 0.0)
         else:
-            found = nearest(kernel, key, table.of_kernel(kernel), usable)
+            found = nearest(kernel, key, table.of_kernel(kernel),
+                            lambda e: lends(e.config, e.key, key) and usable(e))
             what = "" if found is None else f"the nearest entry, at distance {found[1]:.2f} of at most {FARTHEST:g}"
         if found is not None and found[1] <= FARTHEST:
             source: Rung = "other card" if lent else "exact" if entry is found[0] else "nearest"
             why = f"{what}, of {table.gpu}'s table" + (f"; {'; '.join(missed)}" if missed else "")
             return Decision(kernel, found[0].config, source, why, found[0], table, found[1])
-        near = ("no usable entry of this kernel, head dims, kind of mask and kind of lengths" if found is None
+        near = ("no usable entry of this kernel, head dims, kind of mask and kind of shape" if found is None
                 else f"its nearest entry is at distance {found[1]:.2f}, more than {FARTHEST:g}")
         missed.append(f"{table.gpu}'s table: {near}")
     why = "; ".join(missed) or "there is no tuned table for this device or its architecture"

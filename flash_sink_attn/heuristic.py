@@ -7,7 +7,6 @@ import dataclasses
 from flash_sink_attn.config import (
     HOPPER_BWD_HEAD_DIMS,
     HOPPER_HEAD_DIMS,
-    HOPPER_SLIDE_WINDOW,
     AnyConfig,
     HopperBwdConfig,
     HopperFwdConfig,
@@ -18,6 +17,16 @@ from flash_sink_attn.config import (
     reject_reason,
     reproducible,
     split_head_dim,
+)
+from flash_sink_attn.regimes import (
+    fits_ring,
+    many_keys,
+    packs_alone,
+    recomputes,
+    shares_group,
+    short_window,
+    slides,
+    small_dims,
 )
 from flash_sink_attn.tuned_table import ShapeKey
 
@@ -33,25 +42,23 @@ PREFER_HOPPER: frozenset[tuple[Pass, int, int, bool]] = frozenset(
 _HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1), HopperFwdConfig(128, 64, SHARE_Q=True),
                HopperFwdConfig(128, 64), HopperFwdConfig(64, 64))
 _HOPPER_FWD_SMALL_DIM = (HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1),)
+_HOPPER_FWD_SMALL_DIM_FEW_KEYS = (HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1),)
 _HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2),
                       HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2))
+# With a second tile of q of 192 columns two programs no longer fit a multiprocessor: 0.137 ms, without 0.107.
+_HOPPER_FWD_WINDOW_LARGE_DIM = (HopperFwdConfig(64, 64, SHARE_Q=True, PROGRAMS_PER_SM=2),)
+# Those that take several heads need a ring that holds all keys of 64 tokens; two stages are for windows beyond.
 _HOPPER_FWD_WINDOW_SMALL_DIM = (
     HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=80),
+    HopperFwdConfig(64, 64, 5, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=128),
     HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=1, PACK_HEADS=4, PROGRAMS_PER_SM=3, maxnreg=80),
     HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=4, PROGRAMS_PER_SM=3, maxnreg=80),
-    HopperFwdConfig(64, 64, 3, Q_STAGES=2, PROGRAMS_PER_SM=3, maxnreg=80))
+    HopperFwdConfig(64, 64, 2, PROGRAMS_PER_SM=3, maxnreg=80))
 _HOPPER_BWD = (HopperBwdConfig(64, 128), HopperBwdConfig(64, 128, DETERMINISTIC=True), HopperBwdConfig(64, 64, FORM=1))
 _HOPPER_BWD_LARGE_DIM = (HopperBwdConfig(64, 64, 3), HopperBwdConfig(64, 64))
 _HOPPER_BWD_SMALL_DIM = (HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128, 3, DETERMINISTIC=True))
-# Where all programs run at once, the longest takes twice the mean under a causal mask. 2048 tokens, 64/8 heads of
-# dimension 64: 0.367 ms, with two programs for a group 0.254.
-_PROGRAMS_AT_ONCE = 132
 _HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 64, FORM=1),)
 _HOPPER_BWD_SLIDE = (HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 3, FORM=2))
-# Adding dq up outside costs two launches more and a pass over it in float32, two more products per pair of tiles cost
-# by the window. At 8192 tokens the latter takes 1.04 of the time with 1024 keys at head dim 64, at head dim 128 it is
-# 0.78 with 1024 and 0.85 with 4096. By whether the head dim is at most 64.
-_RECOMPUTE_WINDOW = {True: 512, False: 4096}
 
 # Tried in order until one fits, the special ones first. From measurements on an H100: small tiles with a deep pipeline
 # beat 128 x 128; a first operand in registers (REGISTER_A) halves what the matrix unit reads from shared memory, but
@@ -142,24 +149,31 @@ def _portable(kernel: Kernel, key: ShapeKey, limits: Limits) -> TileConfig:
     return dataclasses.replace(candidates[-1], num_stages=1)
 
 
-def _hopper(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool) -> AnyConfig:
-    small = max(key.head_dim, key.head_dim_v) <= 64
-    candidates: tuple[AnyConfig, ...]
-    if kernel == "hopper_fwd":
-        short = key.window is not None and key.window < 1024
-        special = ((_HOPPER_FWD_WINDOW_SMALL_DIM if small else _HOPPER_FWD_WINDOW) if short
-                   else _HOPPER_FWD_SMALL_DIM if small else ())
-        candidates = (*special, *_HOPPER_FWD)
+def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
+    small = small_dims(key)
+    special: tuple[HopperFwdConfig, ...]
+    if short_window(key):
+        special = _HOPPER_FWD_WINDOW_SMALL_DIM if small else (
+            _HOPPER_FWD_WINDOW_LARGE_DIM if key.head_dim > 128 else _HOPPER_FWD_WINDOW)
+        if packs_alone(key):  # one head instead of two makes twice as many programs
+            special = tuple(dataclasses.replace(c, HEADS=min(c.HEADS, 1)) if c.PACK_HEADS else c for c in special)
+        special = tuple(c for c in special if not c.HEADS or fits_ring(c, key.window))
     else:
-        slides = key.window is not None and key.window <= HOPPER_SLIDE_WINDOW and key.seqlen_q == key.seqlen_k
-        recomputes = key.window is not None and key.window <= _RECOMPUTE_WINDOW[small]
-        candidates = (*(_HOPPER_BWD_SLIDE if slides else ()), *(_HOPPER_BWD_WINDOW if recomputes else ()),
-                      *(_HOPPER_BWD_SMALL_DIM if small else ()), *_HOPPER_BWD, *_HOPPER_BWD_LARGE_DIM)
-        if not recomputes and key.batch * key.heads_kv * -(-key.seqlen_k // 128) <= _PROGRAMS_AT_ONCE:
-            shared = (dataclasses.replace(c, SPLIT_GROUP=2) for c in candidates if isinstance(c, HopperBwdConfig))
-            candidates = (*shared, *candidates)
-        if deterministic:
-            candidates = tuple(config for config in candidates if reproducible(config))
+        special = () if not small else _HOPPER_FWD_SMALL_DIM if many_keys(key) else _HOPPER_FWD_SMALL_DIM_FEW_KEYS
+    return (*special, *_HOPPER_FWD)
+
+
+def _hopper_backwards(key: ShapeKey, deterministic: bool) -> tuple[HopperBwdConfig, ...]:
+    candidates = (*(_HOPPER_BWD_SLIDE if slides(key) else ()), *(_HOPPER_BWD_WINDOW if recomputes(key) else ()),
+                  *(_HOPPER_BWD_SMALL_DIM if small_dims(key) else ()), *_HOPPER_BWD, *_HOPPER_BWD_LARGE_DIM)
+    if shares_group(key):
+        candidates = (*(dataclasses.replace(c, SPLIT_GROUP=2) for c in candidates), *candidates)
+    return tuple(config for config in candidates if not deterministic or reproducible(config))
+
+
+def _hopper(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool) -> AnyConfig:
+    candidates: tuple[AnyConfig, ...] = (
+        _hopper_forwards(key) if kernel == "hopper_fwd" else _hopper_backwards(key, deterministic))
     valid = (c for c in candidates if reject_reason(
         c, kernel, head_dim=key.head_dim, head_dim_v=key.head_dim_v, group=key.heads_q // key.heads_kv,
         limits=limits) is None)

@@ -2,7 +2,8 @@
 
 1. What the caller says: ``impl``, or a ``config`` that is for one implementation only.
 2. What is measured: at the tuned shape nearest to the call's, of all entries of both, whichever was faster there; where
-   only one of the two was measured at that shape, that one.
+   only one of the two was measured at that shape, that one. A shape where one of them was measured with what is not for
+   the call's kind of shape (:mod:`flash_sink_attn.regimes`) says nothing, and the next one is asked.
 3. The heuristic: :data:`flash_sink_attn.heuristic.PREFER_HOPPER`.
 
 Where the Hopper kernels are wanted by 2 or 3 and cannot run, the portable ones do, and one line in the log says why.
@@ -11,18 +12,20 @@ Where the Hopper kernels are wanted by 2 or 3 and cannot run, the portable ones 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from flash_sink_attn import dispatch
-from flash_sink_attn.config import KERNELS_OF, AttnConfig, Impl, Pass, limits_of, reject_reason
+from flash_sink_attn.config import IMPLS, KERNELS_OF, AttnConfig, Impl, Limits, Pass, limits_of, reject_reason
 from flash_sink_attn.dispatch import Decision
 from flash_sink_attn.heuristic import prefers_hopper
 from flash_sink_attn.hopper import support
 from flash_sink_attn.options import Options
-from flash_sink_attn.tuned_table import ShapeKey
+from flash_sink_attn.regimes import lends
+from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
 
 logger = logging.getLogger("flash_sink_attn")
 
@@ -69,18 +72,22 @@ def problem_of(
     """Why the Hopper kernels cannot do this call, None = they can."""
     problem = support.device_problem(device)
     if problem is None:
-        problem = _config_problem(pass_, key, device, options)
+        limits = limits_of(dispatch.device_info(device).arch)
+        problem = _config_problem(_decisions("hopper", pass_, key, device, options), key, limits,
+                                  bool(options.deterministic))
     return problem or support.tensors_problem(**tensors)
 
 
-def _config_problem(pass_: Pass, key: ShapeKey, device: torch.device, options: Options) -> str | None:
-    limits = limits_of(dispatch.device_info(device).arch)
-    for decision in _decisions("hopper", pass_, key, device, options):
+def _config_problem(
+    decisions: tuple[Decision, ...], key: ShapeKey, limits: Limits, deterministic: bool
+) -> str | None:
+    """Why these configurations of the Hopper kernels cannot do a call of this shape, None = they can."""
+    for decision in decisions:
         reason = reject_reason(decision.config, decision.kernel, head_dim=key.head_dim, head_dim_v=key.head_dim_v,
                                group=key.heads_q // key.heads_kv, limits=limits)
         if reason is not None:
             return reason
-        if options.deterministic and not getattr(decision.config, "reproducible", True):
+        if deterministic and not getattr(decision.config, "reproducible", True):
             return f"{decision.config} gives other bits each time, and deterministic=True is asked for"
     return None
 
@@ -109,15 +116,52 @@ def select(
     problem = problem_of(pass_, key, device, options, tensors)
     impl: Impl = forced or "triton"
     if forced is None:
-        impl, reason = wanted(pass_, key, device, decisions["triton"], decisions["hopper"])
+        info = dispatch.device_info(device)
+        if info.slug is None:
+            impl, reason = "triton", "without a GPU there are only the portable kernels"
+        else:
+            impl, reason = wanted(pass_, key, limits_of(info.arch), decisions["triton"], decisions["hopper"],
+                                  bool(options.deterministic))
         if impl == "hopper" and problem is not None:
             _log_fallback(pass_, problem)
-            impl, reason = "triton", f"{reason}, but the Hopper kernels cannot do this call: {problem}"
+            impl, reason = "triton", _instead(reason, problem)
     elif forced == "hopper" and problem is not None:
         asked = "impl: 'hopper'" if options.impl else f"config: {KERNELS_OF['hopper'][pass_][0]}"
         raise ValueError(f"{asked} was asked for, and the Hopper kernels cannot do this call: {problem}")
     other: Impl = "hopper" if impl == "triton" else "triton"
     return Selection(pass_, impl, decisions[impl], reason, decisions[other], problem)
+
+
+def decide(
+    pass_: Pass, key: ShapeKey, limits: Limits, own: TunedTable | None, others: Iterable[TunedTable] = (),
+    deterministic: bool = False,
+) -> Selection:
+    """What a pass of a call that leaves everything open uses, as a function of the tables alone.
+
+    Neither logs nor reads anything; the Hopper kernels are taken to run wherever the validity rule lets them.
+
+    Args:
+        pass_: "fwd" or "bwd".
+        key: the call's shape.
+        limits: of the GPU the call runs on.
+        own: the table of that GPU, None where there is none.
+        others: tables of other cards of its architecture, the ones to prefer first.
+        deterministic: only configurations that give the same bits each time.
+    """
+    tables = tuple(others)
+    decisions: dict[Impl, tuple[Decision, ...]] = {
+        impl: tuple(dispatch.decide(kernel, key, limits, own, tables, deterministic) for kernel in of[pass_])
+        for impl, of in KERNELS_OF.items()}
+    impl, reason = wanted(pass_, key, limits, decisions["triton"], decisions["hopper"], deterministic)
+    problem = _config_problem(decisions["hopper"], key, limits, deterministic)
+    if impl == "hopper" and problem is not None:
+        impl, reason = "triton", _instead(reason, problem)
+    other: Impl = "hopper" if impl == "triton" else "triton"
+    return Selection(pass_, impl, decisions[impl], reason, decisions[other], problem)
+
+
+def _instead(reason: str, problem: str) -> str:
+    return f"{reason}, but the Hopper kernels cannot do this call: {problem}"
 
 
 @cache
@@ -127,25 +171,29 @@ def _log_fallback(pass_: Pass, problem: str) -> None:
 
 
 def wanted(
-    pass_: Pass, key: ShapeKey, device: torch.device, portable: tuple[Decision, ...], hopper: tuple[Decision, ...]
+    pass_: Pass, key: ShapeKey, limits: Limits, portable: tuple[Decision, ...], hopper: tuple[Decision, ...],
+    deterministic: bool,
 ) -> tuple[Impl, str]:
-    """Whose kernels are faster by all that is known, and why that is thought."""
-    info = dispatch.device_info(device)
-    if info.slug is None:
-        return "triton", "without a GPU there are only the portable kernels"
+    """Whose kernels are faster on a GPU by all that is known, and why that is thought; a function of what is given."""
     near = [decision for group in (portable, hopper) if (decision := _farthest(group)) is not None]
     if not near:
-        prefers = prefers_hopper(pass_, key, limits_of(info.arch))
+        prefers = prefers_hopper(pass_, key, limits)
         return "hopper" if prefers else "triton", "the heuristic for shapes that nobody has tuned"
-    nearest = min(near, key=lambda d: (d.source == "other card", d.distance or 0.0))
-    assert nearest.entry is not None and nearest.table is not None
-    ms = {"triton": _time_at(nearest, "triton", pass_, portable),
-          "hopper": _time_at(nearest, "hopper", pass_, hopper)}
-    where = f"at {nearest.entry.case} of {nearest.table.gpu}'s table"
-    if ms["hopper"] is None or ms["triton"] is None:
-        return "triton" if ms["hopper"] is None else "hopper", f"the only one measured {where}"
-    return "hopper" if ms["hopper"] < ms["triton"] else "triton", (
-        f"the faster one {where}: hopper {ms['hopper']:.4g} ms, triton {ms['triton']:.4g} ms")
+    for nearest in sorted(near, key=lambda d: (d.source == "other card", d.distance or 0.0)):
+        assert nearest.entry is not None and nearest.table is not None
+        at = {impl: _entries_at(nearest, impl, pass_, deterministic) for impl in KERNELS_OF}
+        if nearest.entry.key != key and not all(lends(e.config, e.key, key) for of in at.values() for e in of):
+            continue
+        ms = {impl: _time_of(at[impl], impl, pass_, decisions)
+              for impl, decisions in zip(IMPLS, (portable, hopper), strict=True)}
+        where = f"at {nearest.entry.case} of {nearest.table.gpu}'s table"
+        if ms["hopper"] is None or ms["triton"] is None:
+            return "triton" if ms["hopper"] is None else "hopper", f"the only one measured {where}"
+        return "hopper" if ms["hopper"] < ms["triton"] else "triton", (
+            f"the faster one {where}: hopper {ms['hopper']:.4g} ms, triton {ms['triton']:.4g} ms")
+    prefers = prefers_hopper(pass_, key, limits)
+    return "hopper" if prefers else "triton", (
+        "the heuristic: near this shape the two were compared only with configurations that are not for its kind")
 
 
 def _farthest(decisions: tuple[Decision, ...]) -> Decision | None:
@@ -155,19 +203,19 @@ def _farthest(decisions: tuple[Decision, ...]) -> Decision | None:
     return max(decisions, key=lambda d: (d.source == "other card", d.distance or 0.0))
 
 
-def _time_at(nearest: Decision, impl: Impl, pass_: Pass, decisions: tuple[Decision, ...]) -> float | None:
-    """Time in ms of a pass by an implementation at the shape of an entry; None where its table does not have it.
+def _entries_at(nearest: Decision, impl: Impl, pass_: Pass, deterministic: bool) -> list[Entry]:
+    """The entries of an implementation's kernels at the shape of an entry, as far as its table has them."""
+    assert nearest.entry is not None and nearest.table is not None
+    entries = [nearest.table.entry(kernel, nearest.entry.key, deterministic) for kernel in KERNELS_OF[impl][pass_]]
+    return [entry for entry in entries if entry is not None]
+
+
+def _time_of(entries: list[Entry], impl: Impl, pass_: Pass, decisions: tuple[Decision, ...]) -> float | None:
+    """Time in ms of a pass by an implementation, from its entries at one shape; None where some are missing.
 
     A backward of two kernels was timed as a whole, or each for itself.
     """
-    assert nearest.entry is not None and nearest.table is not None
-    if any(d.entry is None for d in decisions):
-        return None  # nothing measured is usable for this call
-    only_same_bits = all(getattr(d.config, "reproducible", True) for d in decisions)
-    kernels = KERNELS_OF[impl][pass_]
-    entries = [nearest.table.entry(kernel, nearest.entry.key, only_same_bits) for kernel in kernels]
-    known = [entry for entry in entries if entry is not None]
-    if len(known) < len(kernels):
-        return None
-    whole = next((entry for entry in known if entry.measured_as == pass_), None)
-    return sum(entry.latency_ms for entry in known) if whole is None else whole.latency_ms
+    if any(d.entry is None for d in decisions) or len(entries) < len(KERNELS_OF[impl][pass_]):
+        return None  # nothing measured is usable for this call, or not all of it
+    whole = next((entry for entry in entries if entry.measured_as == pass_), None)
+    return sum(entry.latency_ms for entry in entries) if whole is None else whole.latency_ms

@@ -41,7 +41,7 @@ from sweeps.environment import environment
 from sweeps.export import export as export_run
 from sweeps.export import exported_line
 from sweeps.finals import finals_round
-from sweeps.heldout import heldout_report
+from sweeps.heldout import heldout_report, leave_one_out_report
 from sweeps.ladder import ladder_report
 from sweeps.measuring_cli import add_commands as add_measuring_commands
 from sweeps.models import ModelError, read_model
@@ -300,13 +300,23 @@ def ladder(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run dire
 
 @app.command()
 def heldout(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as one of configs/heldout.yaml.")],
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directory, such as one of configs/heldout.yaml.")],
+    without: Annotated[
+        bool, typer.Option("--leave-one-out", help="Judge each case, of all RUNs, with a table that lacks its shape.")
+    ] = False,
     table: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The tuned table; default flash_sink_attn/tuned/<gpu>.json.")
     ] = None,
 ) -> None:
-    """Compare what a tuned table chooses with the best a run measured; writes heldout.md and heldout.csv there."""
-    _print_report(lambda: heldout_report(run_dir, table))
+    """Compare what the dispatcher chooses, implementation and tiles, with the best a run measured; writes heldout.md
+    and heldout.csv there, or leave-one-out.md and .csv into the first RUN."""
+    if without:
+        _print_report(lambda: leave_one_out_report(run_dirs, table))
+    elif len(run_dirs) == 1:
+        _print_report(lambda: heldout_report(run_dirs[0], table))
+    else:
+        _fail(BAD_RUN, "run: expected one, or --leave-one-out for several")
 
 
 def _print_report(make: Callable[[], str]) -> None:

@@ -121,5 +121,5 @@ def ladder_report(run_dir: Path) -> str:
         "The other's tile on a case of the same family, by distance:", distance_table(selection, arch),
         f"The other's tile on a case of another family, at most {FARTHEST:g} away:", family_table(selection, arch)])
     (run_dir / "ladder.md").write_text(f"# The ladder\n\n{text}\n\n{case_table(found)}\n")
-    (run_dir / "ladder.csv").write_text(csv_text(found))
+    (run_dir / "ladder.csv").write_text(csv_text([p.row() for p in found]))
     return text

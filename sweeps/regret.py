@@ -8,8 +8,8 @@ import io
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from flash_sink_attn.config import CONFIG_CLASS, IMPLS, KERNELS, AnyConfig, Kernel, Limits
 from flash_sink_attn.dispatch import Decision
@@ -21,29 +21,47 @@ from sweeps.measured import config_label
 from sweeps.ours import kernel_of, shape_key
 from sweeps.select import CaseResult, Selection
 
+_J = TypeVar("_J", bound="Judged")
 Choose = Callable[[Kernel, Case, ShapeKey], Decision]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pick:
-    """A choice for one case of one kernel; times in ms, None where that configuration was not measured.
+class Judged:
+    """A choice for one case against what was measured for it; times in ms, None where the choice was not measured.
 
     Attributes:
         case: the case.
-        decision: what was chosen, by which rung.
-        ms: time of the configuration chosen.
-        best_ms, best: time and configuration of the fastest one measured.
-        heuristic_ms: time of the configuration that the heuristic alone would choose.
+        ms: time of what was chosen.
+        best_ms, best: time of the fastest that was measured, and what it is in words.
+        heuristic_ms: time of what the heuristic alone would choose.
         measured: how many configurations of the case were measured.
     """
 
     case: Case
-    decision: Decision
     ms: float | None
     best_ms: float
     best: str
     heuristic_ms: float | None
     measured: int
+
+    @property
+    def subject(self) -> str:
+        """What was chosen for: a kernel or a pass."""
+        raise NotImplementedError
+
+    @property
+    def rung(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def distance(self) -> float | None:
+        """Of the tuned shape that was followed; None where the heuristic chose."""
+        raise NotImplementedError
+
+    @property
+    def chosen(self) -> str:
+        """The choice in words."""
+        raise NotImplementedError
 
     @property
     def regret(self) -> float | None:
@@ -54,12 +72,39 @@ class Pick:
     def heuristic_regret(self) -> float | None:
         return None if self.heuristic_ms is None else self.heuristic_ms / self.best_ms
 
+
+@dataclasses.dataclass(frozen=True)
+class Pick(Judged):
+    """A choice of a configuration for one kernel.
+
+    Attributes:
+        decision: what was chosen, by which rung.
+    """
+
+    decision: Decision
+
+    @property
+    def subject(self) -> str:
+        return self.decision.kernel
+
+    @property
+    def rung(self) -> str:
+        return self.decision.source
+
+    @property
+    def distance(self) -> float | None:
+        return self.decision.distance
+
+    @property
+    def chosen(self) -> str:
+        return config_label(self.decision.config.to_dict())
+
     def row(self) -> dict[str, Any]:
         """A row of the CSV file."""
         d = self.decision
         return {"kernel": d.kernel, "case": self.case.id, "model": self.case.model, "rung": d.source,
-                "distance": d.distance, "entry": d.entry.case if d.entry else "", "config": config_label(
-                    d.config.to_dict()), "latency_ms": self.ms, "best_config": self.best, "best_ms": self.best_ms,
+                "distance": d.distance, "entry": d.entry.case if d.entry else "", "config": self.chosen,
+                "latency_ms": self.ms, "best_config": self.best, "best_ms": self.best_ms,
                 "regret": self.regret, "heuristic_ms": self.heuristic_ms, "heuristic_regret": self.heuristic_regret,
                 "measured": self.measured, "reason": d.reason}
 
@@ -81,8 +126,8 @@ def picks(selection: Selection, choose: Choose, limits: Limits) -> list[Pick]:
         key = call_key(case)
         decision = choose(kernel, case, key)
         best = min(times, key=times.__getitem__)
-        found.append(Pick(case, decision, times.get(decision.config), times[best], config_label(best.to_dict()),
-                          times.get(heuristic(kernel, key, limits)), len(times)))
+        found.append(Pick(case, times.get(decision.config), times[best], config_label(best.to_dict()),
+                          times.get(heuristic(kernel, key, limits)), len(times), decision))
     return found
 
 
@@ -95,16 +140,21 @@ def times_of(result: CaseResult, kernel: Kernel) -> dict[AnyConfig, float]:
     return times
 
 
-def summary_table(found: Sequence[Pick]) -> str:
-    """Markdown: per kernel and for all of them, median and worst regret of the choice and of the plain heuristic."""
-    lines = ["| kernel | cases | rungs | median | mean | worst | over 3% | over 10% | not measured "
+def summary_table(found: Sequence[Judged], subjects: Sequence[str] = KERNELS, what: str = "kernel") -> str:
+    """Markdown: per subject and for all of them, median and worst regret of the choice and of the plain heuristic.
+
+    Args:
+        subjects: in the order of the rows.
+        what: they are.
+    """
+    lines = [f"| {what} | cases | rungs | median | mean | worst | over 3% | over 10% | not measured "
              "| heuristic: median | mean | worst | not measured |",
              "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
-    for name, own in [*((k, [p for p in found if p.decision.kernel == k]) for k in KERNELS), ("all", list(found))]:
+    for name, own in [*((s, [p for p in found if p.subject == s]) for s in subjects), ("all", list(found))]:
         if own:
             regrets = [p.regret for p in own if p.regret is not None]
             plain = [p.heuristic_regret for p in own if p.heuristic_regret is not None]
-            rungs = ", ".join(f"{n} {rung}" for rung, n in Counter(p.decision.source for p in own).most_common())
+            rungs = ", ".join(f"{n} {rung}" for rung, n in Counter(p.rung for p in own).most_common())
             over = f"{sum(r > 1.03 for r in regrets)} | {sum(r > 1.10 for r in regrets)}"
             lines.append(f"| {name} | {len(own)} | {rungs} | {_three(regrets)} | {over} | {len(own) - len(regrets)} | "
                          f"{_three(plain)} | {len(own) - len(plain)} |")
@@ -117,23 +167,31 @@ def _three(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3f} | {statistics.fmean(values):.3f} | {max(values):.3f}"
 
 
-def case_table(found: Iterable[Pick]) -> str:
-    """Markdown: every pick, the costliest first, the ones not measured before them."""
+def costliest_first(found: Iterable[_J]) -> list[_J]:
+    """By regret, the ones not measured before all others."""
+    return sorted(found, key=lambda p: (p.regret is not None, -(p.regret or 0.0), p.case.id))
+
+
+def case_table(found: Iterable[Judged]) -> str:
+    """Markdown: every choice, the costliest first, the ones not measured before them."""
     lines = ["| case | rung | distance | chosen | ms | best | ms | regret |", "|---|---|---:|---|---:|---|---:|---:|"]
-    for p in sorted(found, key=lambda p: (p.regret is not None, -(p.regret or 0.0), p.case.id)):
-        d = p.decision
-        far = "" if d.distance is None else f"{d.distance:.2f}"
+    for p in costliest_first(found):
+        far = "" if p.distance is None else f"{p.distance:.2f}"
         ms = "not measured | " if p.ms is None else f"{p.ms:.4g} | "
-        lines.append(f"| {p.case.id} | {d.source} | {far} | {config_label(d.config.to_dict())} | {ms}{p.best} | "
+        lines.append(f"| {p.case.id} | {p.rung} | {far} | {_cell(p.chosen)} | {ms}{_cell(p.best)} | "
                      f"{p.best_ms:.4g} | {'' if p.regret is None else f'{p.regret:.3f}'} |")
     return "\n".join(lines)
 
 
-def csv_text(found: Sequence[Pick]) -> str:
-    """The picks as CSV; an empty cell is a value that does not exist."""
+def _cell(text: str) -> str:
+    return text.replace(" | ", " + ")
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV; an empty cell is a value that does not exist."""
     text = io.StringIO()
-    names = [*found[0].row()] if found else ["case"]
+    names = [*rows[0]] if rows else ["case"]
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: "" if value is None else value for name, value in p.row().items()} for p in found)
+    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
     return text.getvalue()

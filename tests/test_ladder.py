@@ -1,4 +1,4 @@
-"""Regret of the dispatcher's choices: by leave-one-out on a run, and on shapes that were never tuned."""
+"""Regret of the ladder's choices for each kernel, by leave-one-out on a run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,14 @@ from typer.testing import CliRunner
 
 import sweeps.cli
 from flash_sink_attn.config import PORTABLE, HopperBwdConfig, HopperFwdConfig, TileConfig, limits_of
-from flash_sink_attn.dispatch import decide, heuristic
-from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable, TunedTableError
-from sweeps.cases import Case
-from sweeps.dispatched import make
-from sweeps.heldout import heldout, heldout_report
+from flash_sink_attn.dispatch import decide
 from sweeps.ladder import distance_table, family_table, ladder_report, leave_one_out
 from sweeps.ours import shape_key
-from sweeps.plan import make_plan
 from sweeps.regret import call_key, picks, summary_table
 from sweeps.select import select
-from sweeps.specfile import load_spec
 from tests import synthetic
 from tests.synthetic import case, row, tile
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 A, B = tile(64, 32), tile(128, 64)
 
 
@@ -91,77 +84,11 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     assert CliRunner().invoke(sweeps.cli.app, ["ladder", str(tmp_path / "gone")]).exit_code == 1
 
 
-def table_file(path: Path, gpu: str = "h100", config: dict = A, seqlen: int = 4096) -> Path:
-    key = ShapeKey.fixed("bfloat16", 64, 64, 64, 8, None, 1, seqlen, seqlen)
-    entry = Entry("fwd", key, TileConfig(**config), 0.5, "fwd", None, "the-case", "r")
-    TunedTable.build(gpu, [entry], {"r": {}}, arch=90).save(path)
-    return path
-
-
-def test_held_out_shapes_against_a_table(tmp_path: Path) -> None:
-    run = synthetic.write_run(tmp_path / "run", [*rows_of(5000, 0.9, 0.6), *rows_of(4096, 0.5, 0.6)])
-    table = table_file(tmp_path / "h100.json")
-    found = {p.case.seqlen_q: p for p in heldout(run, table)}
-    assert found[5000].regret == pytest.approx(1.5) and found[5000].decision.source == "nearest"
-    assert found[4096].regret == 1.0 and found[4096].decision.source == "exact"
-    text = heldout_report(run, table)
-    assert "2 cases of 2 shapes" in text and "1 of them are in the table and so not held out" in text
-    assert "| fwd | 2 | 1 nearest, 1 exact | 1.250 | 1.250 | 1.500 | 1 | 1 | 0 |" in text
-    listed = {r["case"]: r for r in csv.DictReader((run / "heldout.csv").open())}
-    worst = listed[case("gpt-oss", "fwd", 5000).id]
-    assert (worst["config"], worst["best_config"], worst["entry"]) == ("64x32 w4 s3", "128x64 w4 s3", "the-case")
-    assert float(worst["regret"]) == pytest.approx(1.5)
-    lines = [x for x in (run / "heldout.md").read_text().splitlines() if x.startswith("| fwd-")]
-    assert "q5000" in lines[0] and "1.500" in lines[0]                       # the costliest first
-    lent = heldout(run, table_file(tmp_path / "h800.json", "h800"))
-    assert {p.decision.source for p in lent} == {"other card"}
-    with pytest.raises(TunedTableError, match=r"gone\.json"):
-        heldout(run, tmp_path / "gone.json")
-
-
-def test_a_choice_that_was_not_measured_is_counted_and_not_hidden(tmp_path: Path) -> None:
-    run = synthetic.write_run(tmp_path / "run", rows_of(5000, None, 0.6))
-    (pick,) = heldout(run, table_file(tmp_path / "h100.json"))
-    assert pick.regret is None and pick.ms is None
-    assert "| fwd | 1 | 1 nearest | - | - | - | 0 | 0 | 1 |" in summary_table([pick])
-    heldout_report(run, table_file(tmp_path / "h100.json"))
-    assert "not measured" in (run / "heldout.md").read_text()
-
-
 def test_a_window_that_hides_nothing_is_looked_up_as_none() -> None:
     assert call_key(case("gpt-oss", "fwd", 128, 128)).window is None
     assert call_key(case("gpt-oss", "fwd", 129, 128)).window == 128
     packed = case("gpt-oss", "fwd", 100, 120, varlen="p", seqlens=(100, 30))
     assert call_key(packed).window == 120                                    # as the call sees it: 130 tokens
-
-
-def test_the_default_row_is_what_the_dispatcher_chooses(tmp_path: Path) -> None:
-    mine = make({"table": str(table_file(tmp_path / "h100.json", config=tile(32, 128)))})
-    assert mine.default_config(case("gpt-oss", "fwd", 5000), 90) == TileConfig(**tile(32, 128)).to_dict()
-    c = case("gpt-oss", "bwd", 5000)
-    assert mine.default_config(c, 90) == {
-        k: heuristic(k, shape_key(c), limits_of(90)).to_dict() for k in ("bwd_dq", "bwd_dkdv")}
-    for wrong in ({}, {"table": "a", "card": "b"}, {"tables": "a"}):
-        with pytest.raises(ValueError, match="options: expected table: FILE or card: NAME"):
-            make(wrong)
-
-
-def test_the_held_out_sweep() -> None:
-    """At least 40 shapes, none of them tuned on, all of them with the dispatcher's choice among what is measured."""
-    spec = load_spec(CONFIGS / "heldout.yaml")
-    plan = make_plan(spec, 90)
-    table = TunedTable.parse((Path(make({"card": "h100"}).table.path)).read_text(), "h100.json")
-    cases: dict[str, Case] = {t.case.id: t.case for t in plan.first}
-    assert len({c.shape_id for c in cases.values()}) >= 40 and not plan.wholes
-    assert {c.pass_ for c in cases.values()} == set(PORTABLE)
-    for c in cases.values():
-        trials = [t for t in plan.first if t.case == c and t.runs]
-        decision = decide(c.pass_, call_key(c), limits_of(90), table)
-        assert decision.source != "exact", c.id
-        assert [dict(t.config) for t in trials if t.is_default] == [decision.config.to_dict()], c.id
-        assert len(trials) >= 3, c.id
-    assert sum(t.runs for t in plan.first) <= 900
-    assert {t.impl for t in plan.first} == {"triton"}
 
 
 def test_peers_and_whole_passes_are_no_picks() -> None:

@@ -52,6 +52,7 @@ PACKAGE = (
     ("_mode", "config", "devices", "_reference_blocks", "layout"),
     ("replay", "kernel_code", "options", "reference", "tuned_table", "sliding_cache", "kernels.common",
      "kernel_cache", "sass_check", "hopper.common"),
+    ("regimes",),
     ("launcher", "nearest", "machine_code", "sass_loops", "heuristic", "hopper.support", "hopper.backward_common",
      "hopper.descriptors"),
     ("hopper.backward_walk",),

@@ -1,0 +1,109 @@
+"""Kinds of shapes between which the best configuration of a Hopper kernel changes at once and not by degrees.
+
+The distance of :mod:`flash_sink_attn.nearest` measures degrees. Where a configuration means something else for another
+shape (a form that the shape cannot slide in, heads that no longer fit the ring), or a shape needs something else (a
+group shared by several programs), an entry is not lent however near it is: :func:`lends`. The heuristic follows the
+same kinds.
+"""
+
+from __future__ import annotations
+
+from flash_sink_attn.config import (
+    HOPPER_SLIDE_WINDOW,
+    AnyConfig,
+    HopperBwdConfig,
+    HopperBwdForm,
+    HopperFwdConfig,
+)
+from flash_sink_attn.tuned_table import ShapeKey
+
+PROGRAMS_AT_ONCE = 132  # multiprocessors of an H100
+# Adding dq up outside costs two launches more and a pass over it in float32, two more products per pair of tiles cost
+# by the window. At 8192 tokens the latter takes 1.04 of the time with 1024 keys at head dim 64, at head dim 128 it is
+# 0.78 with 1024 and 0.85 with 4096. By whether the head dim is at most 64.
+RECOMPUTE_WINDOW = {True: 512, False: 4096}
+# From here on most blocks of keys need no mask, and large tiles read them less often.
+SHORT_WINDOW = 1024
+# Keys that a query sees in the mean: up to here 256 x 64 was the fastest forward tile at head dim 64 in all six shapes
+# of a run, by 3 to 11%; with more 192 x 128 was, but for one of five.
+_MANY_KEYS = 2048
+
+
+def small_dims(key: ShapeKey) -> bool:
+    """Whether the head dims are at most 64."""
+    return max(key.head_dim, key.head_dim_v) <= 64
+
+
+def short_window(key: ShapeKey) -> bool:
+    """Whether the forward takes small tiles, several programs of which share a multiprocessor."""
+    return key.window is not None and key.window < SHORT_WINDOW
+
+
+def many_keys(key: ShapeKey) -> bool:
+    """Whether a query sees more than _MANY_KEYS keys in the mean."""
+    return min(key.window or key.seqlen_k, (key.seqlen_k + 1) // 2) > _MANY_KEYS
+
+
+def fits_ring(config: HopperFwdConfig, window: int | None) -> bool:
+    """Whether all keys that 64 tokens see are in shared memory at once, which HEADS and PACK_HEADS need."""
+    return window is not None and window + 63 <= config.num_stages * config.BLOCK_N
+
+
+def packs_alone(key: ShapeKey) -> bool:
+    """Whether programs that take eight heads of a group for 64 tokens all run at once, with room for more of them."""
+    return key.batch * key.heads_kv * -(-key.seqlen_q // 64) * max(1, _group(key) // 8) <= PROGRAMS_AT_ONCE
+
+
+def slides(key: ShapeKey) -> bool:
+    """Whether the backward can slide over queries and keys at once (FORM 2)."""
+    return (key.window is not None and key.window <= HOPPER_SLIDE_WINDOW and key.seqlen_q == key.seqlen_k
+            and key.head_dim == 64 and _group(key) > 1)
+
+
+def recomputes(key: ShapeKey) -> bool:
+    """Whether the backward is better off making dq in a kernel of its own (FORM 1) than adding it up."""
+    return key.window is not None and key.window <= RECOMPUTE_WINDOW[small_dims(key)]
+
+
+def shares_group(key: ShapeKey) -> bool:
+    """Whether the programs of a backward without a window are so few that all run at once.
+
+    The longest then takes twice the mean, and several programs for a group are faster: at 2048 tokens with 64/8 heads
+    0.254 ms instead of 0.367 at head dim 64 and 0.430 instead of 0.631 at 128; at 8192 tokens they are 7 to 9% slower.
+    """
+    return key.window is None and _can_share(key) and (
+        key.batch * key.heads_kv * -(-key.seqlen_k // 128) <= PROGRAMS_AT_ONCE)
+
+
+def lends(config: AnyConfig, measured: ShapeKey, key: ShapeKey) -> bool:
+    """Whether a configuration that was the best for one shape says something about another one of its family.
+
+    Args:
+        config: the configuration, of any kernel; of the portable kernels' always.
+        measured: the shape that it was the best for.
+        key: the shape it is to serve.
+    """
+    if isinstance(config, HopperFwdConfig):
+        if config.HEADS and fits_ring(config, measured.window) != fits_ring(config, key.window):
+            return False
+        if config.PACK_HEADS and packs_alone(measured) != packs_alone(key):
+            return False
+        same = short_window(measured) == short_window(key)
+        # short windows see few keys, whatever the sequence
+        return same and (short_window(key) or not small_dims(key) or many_keys(measured) == many_keys(key))
+    if isinstance(config, HopperBwdConfig):
+        if slides(measured) != slides(key) or config.FORM == HopperBwdForm.SLIDE and not slides(key):
+            return False
+        if recomputes(measured) != recomputes(key):
+            return False
+        # which entries from before groups could be shared do not say
+        return key.window is not None or not _can_share(key) or (config.SPLIT_GROUP > 1) == shares_group(key)
+    return True
+
+
+def _group(key: ShapeKey) -> int:
+    return key.heads_q // key.heads_kv
+
+
+def _can_share(key: ShapeKey) -> bool:
+    return _group(key) > 1 and key.head_dim <= 128

@@ -1,0 +1,138 @@
+"""Kinds of shapes between which entries of the Hopper kernels are not lent, and the dispatcher's use of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flash_sink_attn import dispatch, selection
+from flash_sink_attn.config import HopperBwdConfig, HopperFwdConfig, TileConfig, limits_of
+from flash_sink_attn.heuristic import heuristic
+from flash_sink_attn.regimes import fits_ring, lends, shares_group, slides
+from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
+
+LIMITS = limits_of(90)
+CAUSAL = ShapeKey.fixed("bfloat16", 64, 64, 64, 8, None, 1, 4096, 4096)
+WINDOW = CAUSAL._replace(window=128)
+WIDE = CAUSAL._replace(head_dim=128, head_dim_v=128)
+ADD, SHARED = HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128, 3, SPLIT_GROUP=2)
+RECOMPUTE, SLIDE = HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(64, 192, 4, FORM=2)
+PACKED = HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=80)
+LARGE = HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1)
+
+
+def tokens(key: ShapeKey, n: int, **other: Any) -> ShapeKey:
+    return key._replace(seqlen_q=n, seqlen_k=n, **other)
+
+
+@pytest.mark.parametrize(("config", "measured", "key", "lent"), [
+    (TileConfig(64, 64), tokens(CAUSAL, 2048), CAUSAL, True),               # the portable kernels': always
+    (SHARED, tokens(CAUSAL, 1024), tokens(CAUSAL, 2048), True),
+    (SHARED, tokens(CAUSAL, 2048), tokens(CAUSAL, 2049), False),
+    (ADD, CAUSAL, tokens(CAUSAL, 8192), True), (ADD, CAUSAL, tokens(CAUSAL, 2048), False),
+    (ADD, tokens(CAUSAL, 1024), tokens(CAUSAL, 2048), False),               # measured before groups could be shared
+    (ADD, CAUSAL._replace(heads_q=8), tokens(CAUSAL, 2048, heads_q=8), True),             # a group of one cannot be
+    (SLIDE, WINDOW, WINDOW._replace(window=129), True), (SLIDE, WINDOW, WINDOW._replace(window=130), False),
+    (SLIDE, WINDOW, WINDOW._replace(seqlen_q=64), False), (RECOMPUTE, WINDOW._replace(window=200), WINDOW, False),
+    (RECOMPUTE, WINDOW._replace(window=200), WINDOW._replace(window=512), True),
+    (RECOMPUTE, WINDOW._replace(window=512), WINDOW._replace(window=513), False),
+    (RECOMPUTE, WIDE._replace(window=512), WIDE._replace(window=4096), True),
+    (PACKED, WINDOW, WINDOW._replace(window=129), True), (PACKED, WINDOW, WINDOW._replace(window=130), False),
+    (PACKED, WINDOW, tokens(WINDOW, 1024), False),                          # all programs at once
+    (LARGE, tokens(CAUSAL, 8192), tokens(CAUSAL, 5000), True), (LARGE, tokens(CAUSAL, 8192), CAUSAL, False),
+    (LARGE, tokens(WIDE, 8192), WIDE, True),
+    (HopperFwdConfig(64, 64), WIDE._replace(window=512), WIDE._replace(window=1024), False),
+])
+def test_what_is_lent(config: Any, measured: ShapeKey, key: ShapeKey, lent: bool) -> None:
+    assert lends(config, measured, key) is lent
+
+
+def test_the_ring_is_the_launchers() -> None:
+    launch = pytest.importorskip("flash_sink_attn.hopper.launch_forward")
+    for window in (None, 1, 64, 128, 129, 130, 257, 258, 1000):
+        for stages in (2, 3, 5):
+            config = HopperFwdConfig(64, 64, stages, HEADS=2)
+            assert fits_ring(config, window) == launch._fits_ring(window, config)
+            packs = window is not None and window - 1 <= 64 * (stages - 1)  # as forward() has it
+            assert fits_ring(config, window) == packs
+
+
+def test_the_kinds_follow_the_call() -> None:
+    assert slides(WINDOW) and not slides(WINDOW._replace(heads_q=8)) and not slides(WIDE._replace(window=128))
+    assert shares_group(tokens(CAUSAL, 2048)) and not shares_group(tokens(CAUSAL, 2049)) and not shares_group(WINDOW)
+    assert not shares_group(tokens(CAUSAL, 256, head_dim=192, head_dim_v=128))
+
+
+@pytest.mark.parametrize(("kernel", "key", "wanted"), [
+    ("hopper_fwd", tokens(CAUSAL, 8192), LARGE),
+    ("hopper_fwd", CAUSAL, HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1)),
+    ("hopper_fwd", WINDOW._replace(window=2048), HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1)),
+    ("hopper_fwd", WINDOW, PACKED),
+    ("hopper_fwd", tokens(WINDOW, 1024), HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=1, PACK_HEADS=4, maxnreg=80)),
+    ("hopper_fwd", WINDOW._replace(window=256),
+     HopperFwdConfig(64, 64, 5, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=128)),
+    ("hopper_fwd", WINDOW._replace(window=512), HopperFwdConfig(64, 64, 2, PROGRAMS_PER_SM=3, maxnreg=80)),
+    ("hopper_fwd", WINDOW._replace(head_dim=192, head_dim_v=128),
+     HopperFwdConfig(64, 64, SHARE_Q=True, PROGRAMS_PER_SM=2)),
+    ("hopper_bwd", WINDOW, SLIDE), ("hopper_bwd", tokens(CAUSAL, 2048), SHARED), ("hopper_bwd", CAUSAL, ADD),
+])
+def test_the_heuristic_follows_them(kernel: Any, key: ShapeKey, wanted: Any) -> None:
+    assert heuristic(kernel, key, LIMITS) == wanted
+
+
+def table(*entries: tuple[Any, ShapeKey, Any, float]) -> TunedTable:
+    return TunedTable.build("h100", [Entry(kernel, key, config, ms, "fwd" if "fwd" in kernel else "bwd", None, "c", "r")
+                                     for kernel, key, config, ms in entries], {"r": {}}, arch=90)
+
+
+def test_an_entry_of_another_kind_is_passed_over_however_near() -> None:
+    near, far = tokens(CAUSAL, 2176), tokens(CAUSAL, 1024)
+    own = table(("hopper_bwd", near, ADD, 0.4), ("hopper_bwd", far, SHARED, 0.2))
+    found = dispatch.decide("hopper_bwd", tokens(CAUSAL, 2048), LIMITS, own)
+    assert (found.source, found.config) == ("nearest", SHARED)
+    assert dispatch.decide("hopper_bwd", near, LIMITS, own).source == "exact"
+    # what was measured for exactly this shape is used, whatever its kind
+    assert dispatch.decide("hopper_bwd", far, LIMITS, table(("hopper_bwd", far, ADD, 0.4))).config == ADD
+
+
+TILES = (("bwd_dq", TileConfig(64, 64)), ("bwd_dkdv", TileConfig(64, 64)))
+
+
+def test_a_comparison_with_what_would_not_be_used_says_nothing() -> None:
+    key, near, far = (tokens(CAUSAL, n) for n in (2048, 1920, 1600))
+    unshared = [("hopper_bwd", near, ADD, 0.9), *((k, near, c, 0.5) for k, c in TILES)]
+    found = selection.decide("bwd", key, LIMITS, table(*unshared))
+    assert found.impl == "hopper" and "not for its kind" in found.reason and found.decisions[0].config == SHARED
+    # the next shape is asked, and may say either
+    for ms, impl in ((0.3, "hopper"), (0.7, "triton")):
+        own = table(*unshared, ("hopper_bwd", far, SHARED, ms), *((k, far, c, 0.5) for k, c in TILES))
+        assert selection.decide("bwd", key, LIMITS, own).impl == impl
+    # measured for this very shape
+    assert selection.decide("bwd", near, LIMITS, table(*unshared)).impl == "triton"
+
+
+def test_a_choice_of_the_same_bits_does_not_hide_faster_ones() -> None:
+    """A FORM 1 that is the nearest entry leaves the FORM 0 of the other shape in the comparison."""
+    key, near, far = (tokens(WIDE, n) for n in (6000, 5500, 7000))
+    own = table(("hopper_bwd", near, HopperBwdConfig(64, 128), 0.4), *((k, near, c, 0.5) for k, c in TILES))
+    assert selection.decide("bwd", key, LIMITS, own).impl == "hopper"
+    window = [k._replace(window=512) for k in (key, near, far)]
+    own = table(("hopper_bwd", window[2], RECOMPUTE, 0.4), ("hopper_bwd", window[1], HopperBwdConfig(64, 128), 0.4),
+                *((k, window[1], c, 0.5) for k, c in TILES))
+    assert selection.decide("bwd", window[0], LIMITS, own).impl == "hopper"
+    asked = selection.decide("bwd", window[0], LIMITS, own, deterministic=True)
+    assert (asked.impl, asked.others[0].config) == ("triton", RECOMPUTE)
+
+
+def test_a_selection_is_a_function_of_tables() -> None:
+    own = table(("fwd", CAUSAL, TileConfig(64, 64), 0.1), ("hopper_fwd", CAUSAL, LARGE, 0.2))
+    found = selection.decide("fwd", CAUSAL, LIMITS, own)
+    assert (found.impl, found.others[0].config, found.problem) == ("triton", LARGE, None)
+    lent = selection.decide("fwd", CAUSAL, LIMITS, None, [own])
+    assert (lent.impl, lent.decisions[0].source) == ("triton", "other card")
+    assert selection.decide("fwd", CAUSAL, LIMITS, None).impl == "hopper"
+    # head dims that the Hopper kernels do not have, and a card that does not have the Hopper kernels
+    odd = selection.decide("fwd", CAUSAL._replace(head_dim=40, head_dim_v=40), LIMITS, None)
+    assert odd.impl == "triton" and odd.problem is not None
+    assert selection.decide("fwd", CAUSAL, limits_of(80), None).impl == "triton"
