@@ -45,7 +45,10 @@ def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT
         s = tile // (section * tiles)
         r = tile - s * (section * tiles)
         here = gl.minimum(section, batch * heads_kv * SPLIT - s * section)
+        down = s % 2 == 0
         n = r // here
+        if ORDERED and TOGETHER:
+            n = gl.where(down, tiles - 1 - n, n)
         unit = s * section + r % here
         share = unit % SPLIT
         head = unit // SPLIT % heads_kv
@@ -57,9 +60,6 @@ def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT
         start_k = 0
         base = 0
         place = (unit // SPLIT * tiles + n) * SPLIT + share
-        down = s % 2 == 0
-        if ORDERED and TOGETHER:
-            n = gl.where(down, tiles - 1 - n, n)
     first_key = n * BLOCK_N
     offset = len_k - len_q
     begin = gl.maximum(first_key - offset, 0) // 64
