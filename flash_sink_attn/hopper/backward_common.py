@@ -94,6 +94,12 @@ def scratch_offsets(LAYOUT: gl.constexpr, COLUMNS: gl.constexpr):
     return x.to(gl.int64)
 
 
+@gluon.jit
+def scratch_add(pointer, x):
+    gl.inline_asm_elementwise("{ red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0; }",
+                              "=r,l,l,l,l,f,f,f,f", [pointer, x], dtype=gl.int8, is_pure=False, pack=4)
+
+
 def _add_32() -> str:
     """32 values ($40 ..) of a thread to where the first pointer ($8) says and, by fours, 2 KiB further each time."""
     adds = " ".join(f"red.relaxed.gpu.global.add.v4.f32 [$8 + {j * 2048}], "
@@ -106,8 +112,8 @@ ADD_32_OPERANDS: gl.constexpr = gl.constexpr(",".join(["=r"] * 8 + ["l"] * 32 + 
 
 
 @gluon.jit
-def scratch_add(pointer, x):
-    """Adds a multiple of 64 columns to scratch, with one address in registers for each 64 and not eight."""
+def scratch_add_64(pointer, x):
+    """As :func:`scratch_add` for a multiple of 64 columns: one address in registers for each 64 and not eight."""
     gl.inline_asm_elementwise(ADD_32, ADD_32_OPERANDS, [pointer, x], dtype=gl.int8, is_pure=False, pack=32)
 
 

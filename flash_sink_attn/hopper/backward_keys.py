@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flash_sink_attn.hopper.backward_common import (
     probabilities,
     scratch_add,
+    scratch_add_64,
     scratch_offsets,
     scratch_put,
     sum_sinks,
@@ -212,7 +213,7 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
                     dq = warpgroup_mma_wait(1, deps=[dq])
                     if ORDERED:
                         barrier_wait(turn + i % TURNS, i // TURNS & 1)
-                    scratch_add(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
+                    scratch_add_64(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
                     if ORDERED:
                         barrier_arrive(added + i % TURNS, True)
                     before = current
@@ -269,7 +270,7 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
             if total > 0:
                 if ORDERED:
                     barrier_wait(turn + total % TURNS, total // TURNS & 1)
-                scratch_add(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
+                scratch_add_64(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
                 if ORDERED:
                     barrier_arrive(added + total % TURNS, True)
         dk *= scale

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_sink_attn.hopper.backward_common import probabilities, scratch_add, scratch_offsets, zero_rows
+from flash_sink_attn.hopper.backward_common import probabilities, scratch_add_64, scratch_offsets, zero_rows
 from flash_sink_attn.hopper.backward_walk import first_tile, key_tile, next_tile
 from flash_sink_attn.hopper.common import (
     advance,
@@ -196,7 +196,7 @@ def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log
             for c in gl.static_range(1, PARTS):
                 more = _start_dq(smem, i, dq_zero, c, D, D2)
                 dq = warpgroup_mma_wait(1, deps=[dq])
-                scratch_add(to + (c - 1) * (PART * 256), dq)
+                scratch_add_64(to + (c - 1) * (PART * 256), dq)
                 dq = more
             mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
             if VARLEN:
@@ -206,7 +206,7 @@ def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log
                         zero_rows(q2_smem.index(following).reshape([64, D2]), len_q - m * 64, 64, D2)
             s = _scores(smem, following, zero, D, D2)
             dq = warpgroup_mma_wait(2 if D2 else 1, deps=[dq])
-            scratch_add(to + (PARTS - 1) * (PART * 256), dq)
+            scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
             # not carried in flight over the back edge: ptxas would serialise all products (C7514)
             s = warpgroup_mma_wait(0, deps=[s])
             slot = following
@@ -308,13 +308,13 @@ def _compute_keys(dk_desc, dk2_desc, DK, DQ, cu_q, cu_k, smem, bars, work, scale
             for c in gl.static_range(1, PARTS):
                 more = _start_dq(smem, i, dq_zero, PARTS + c, D, D2)
                 dq = warpgroup_mma_wait(1, deps=[dq])
-                scratch_add(to + (c - 1) * (PART * 256), dq)
+                scratch_add_64(to + (c - 1) * (PART * 256), dq)
                 dq = more
             mbarrier.wait(do_ready.index(following), following_phase, pred=i + 1 < total)
             dp = warpgroup_mma(v, do_smem.index(following).reshape([64, DV]).permute((1, 0)), zero, use_acc=False,
                                is_async=True)
             dq = warpgroup_mma_wait(1, deps=[dq])
-            scratch_add(to + (PARTS - 1) * (PART * 256), dq)
+            scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
             # not carried in flight over the back edge, as above
             dp = warpgroup_mma_wait(0, deps=[dp])
             slot = following
