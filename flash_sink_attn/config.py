@@ -419,6 +419,9 @@ def _hopper_reject_reason(c: HopperFwdConfig | HopperBwdConfig, shape: _Shape) -
         return f"num_stages must be from 1 to 8, got {c.num_stages}"
     if c.maxnreg is not None and not 24 <= c.maxnreg <= shape.limits.registers_per_thread:
         return f"maxnreg must be from 24 to {shape.limits.registers_per_thread}, got {c.maxnreg}"
+    if c.maxnreg is not None and 32 * c.num_warps * (-(-c.maxnreg // 8) * 8) > REGISTERS_PER_SM:
+        most = REGISTERS_PER_SM // (32 * c.num_warps) // 8 * 8
+        return f"maxnreg must be at most {most} with {c.num_warps} warps, got {c.maxnreg}"
     return None
 
 

@@ -26,8 +26,7 @@ for _name in ("64", "128", "128-recompute", "192", "256"):
 CASES["64-slide-no-sinks"] = case(FAMILIES["64-slide"], seqlen_q=4096, sinks="none", group=7, dtype="float16")
 # Kernels with a loop that multiplies and loads or stores what did not fit in registers: addresses, and at head dim 128
 # some of the masks' operands. What gets better has to leave this list.
-SPILLING = {"96": {"keys"}, "128": {"keys"}, "128-varlen": {"keys"}, "128-own-keys": {"keys"}, "96-ordered": {"keys"},
-            "128-ordered": {"keys"}, "128-ordered-window": {"keys"}, "128-ordered-split": {"keys"},
+SPILLING = {"128-varlen": {"keys"}, "128-own-keys": {"keys"}, "128-ordered-window": {"keys"},
             "128-recompute-split": {"keys"},
             "64-slide-varlen": {"slide"}, "256-window": {"wide"}, "256-varlen": {"wide"}, "256-own-keys": {"wide"}}
 
