@@ -19,6 +19,7 @@ from flash_sink_attn.config import (
     split_head_dim,
 )
 from flash_sink_attn.regimes import (
+    few_tiles,
     fits_ring,
     many_keys,
     packs_alone,
@@ -57,7 +58,7 @@ _HOPPER_FWD_WINDOW_SMALL_DIM = (
 _HOPPER_BWD = (HopperBwdConfig(64, 128), HopperBwdConfig(64, 128, DETERMINISTIC=True), HopperBwdConfig(64, 64, FORM=1))
 _HOPPER_BWD_LARGE_DIM = (HopperBwdConfig(64, 64, 3), HopperBwdConfig(64, 64))
 _HOPPER_BWD_SMALL_DIM = (HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128, 3, DETERMINISTIC=True))
-_HOPPER_BWD_WINDOW = (HopperBwdConfig(64, 64, FORM=1),)
+_HOPPER_BWD_RECOMPUTE = (HopperBwdConfig(64, 64, FORM=1),)
 _HOPPER_BWD_SLIDE = (HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 3, FORM=2))
 
 # Tried in order until one fits, the special ones first. From measurements on an H100: small tiles with a deep pipeline
@@ -164,7 +165,10 @@ def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
 
 
 def _hopper_backwards(key: ShapeKey, deterministic: bool) -> tuple[HopperBwdConfig, ...]:
-    candidates = (*(_HOPPER_BWD_SLIDE if slides(key) else ()), *(_HOPPER_BWD_WINDOW if recomputes(key) else ()),
+    again = _HOPPER_BWD_RECOMPUTE if recomputes(key) else ()
+    if key.window is None:  # a group's heads are the work of a tile, and one program has all that a tile sees
+        again = (*(dataclasses.replace(c, SPLIT_GROUP=2) for c in again), *again)
+    candidates = (*(_HOPPER_BWD_SLIDE if slides(key) else ()), *again,
                   *(_HOPPER_BWD_SMALL_DIM if small_dims(key) else ()), *_HOPPER_BWD, *_HOPPER_BWD_LARGE_DIM)
     if shares_group(key):
         candidates = (*(dataclasses.replace(c, SPLIT_GROUP=2) for c in candidates), *candidates)
@@ -196,4 +200,6 @@ def heuristic(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool
 
 def prefers_hopper(pass_: Pass, key: ShapeKey, limits: Limits) -> bool:
     """Whether the Hopper kernels go before the portable ones where neither has been measured."""
+    if pass_ == "fwd" and few_tiles(key):
+        return False
     return limits.wgmma and (pass_, key.head_dim, key.head_dim_v, key.window is not None) in PREFER_HOPPER

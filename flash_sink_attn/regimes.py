@@ -24,6 +24,10 @@ PROGRAMS_AT_ONCE = 132  # multiprocessors of an H100
 RECOMPUTE_WINDOW = {True: 512, False: 4096}
 # From here on most blocks of keys need no mask, and large tiles read them less often.
 SHORT_WINDOW = 1024
+# Without a window, at head dims from 65 to 128. With up to 2048 tokens and 168 tiles of 128 keys making dq anew took
+# 0.78 to 0.90 of the time in five shapes, with 448 and 512 tiles 0.98 and 1.09, with 4096 tokens and more from 0.97 to
+# 1.13; without groups 0.90 and 0.95.
+_SHORT_SEQUENCE = 2048
 # Keys that a query sees in the mean: up to here 256 x 64 was the fastest forward tile at head dim 64 in all six shapes
 # of a run, by 3 to 11%; with more 192 x 128 was, but for one of five.
 _MANY_KEYS = 2048
@@ -60,28 +64,59 @@ def slides(key: ShapeKey) -> bool:
             and key.head_dim == 64 and _group(key) > 1)
 
 
+def few_tiles(key: ShapeKey) -> bool:
+    """Whether the forward at head dims up to 64 has so few tiles of 192 rows that the card runs them in three rounds.
+
+    The portable kernel's tiles of 64 rows were 2 to 12% faster in five such shapes without a window.
+    """
+    tiles = key.batch * key.heads_q * -(-key.seqlen_q // 192)
+    return small_dims(key) and not short_window(key) and tiles <= 3 * PROGRAMS_AT_ONCE
+
+
 def recomputes(key: ShapeKey) -> bool:
     """Whether the backward is better off making dq in a kernel of its own (FORM 1) than adding it up."""
-    return key.window is not None and key.window <= RECOMPUTE_WINDOW[small_dims(key)]
+    if key.window is not None:
+        return key.window <= RECOMPUTE_WINDOW[small_dims(key)]
+    middle = not small_dims(key) and max(key.head_dim, key.head_dim_v) <= 128
+    short = key.seqlen_k <= _SHORT_SEQUENCE and _units(key) * _key_tiles(key) <= 3 * PROGRAMS_AT_ONCE
+    return middle and (short or _group(key) == 1)
 
 
 def shares_group(key: ShapeKey) -> bool:
-    """Whether the programs of a backward without a window are so few that all run at once.
+    """Whether a backward without a window is faster with two programs for each group at the same keys.
 
-    The longest then takes twice the mean, and several programs for a group are faster: at 2048 tokens with 64/8 heads
-    0.254 ms instead of 0.367 at head dim 64 and 0.430 instead of 0.631 at 128; at 8192 tokens they are 7 to 9% slower.
+    A section is as many heads as run at once. Programs of one section start together and end one by one, those of the
+    next take over one by one and end together: two sections take as long as the longest program, and so does a last one
+    alone. Two programs for a group take half as long each, in twice as many sections. At 2048 tokens with 64/8 heads
+    (one section) 0.254 ms instead of 0.367 at head dim 64, at 5120 tokens with 32/8 heads (three) 0.699 instead of
+    0.847, and at 3001 with 64/8 heads (two) 0.578 instead of 0.575.
     """
-    return key.window is None and _can_share(key) and (
-        key.batch * key.heads_kv * -(-key.seqlen_k // 128) <= PROGRAMS_AT_ONCE)
+    return key.window is None and _can_share(key) and _longest_programs(key, 2) < _longest_programs(key, 1)
 
 
-def lends(config: AnyConfig, measured: ShapeKey, key: ShapeKey) -> bool:
+def _longest_programs(key: ShapeKey, split: int) -> float:
+    """Time of a backward over that of the longest of its programs without sharing."""
+    section = max(1, PROGRAMS_AT_ONCE // max(1, _key_tiles(key)))
+    sections = (_units(key) * split + section - 1) // section
+    return (sections + 1) // 2 / split
+
+
+def _units(key: ShapeKey) -> int:
+    return key.batch * key.heads_kv
+
+
+def _key_tiles(key: ShapeKey) -> int:
+    return -(-key.seqlen_k // 128)
+
+
+def lends(config: AnyConfig, measured: ShapeKey, key: ShapeKey, deterministic: bool = False) -> bool:
     """Whether a configuration that was the best for one shape says something about another one of its family.
 
     Args:
         config: the configuration, of any kernel; of the portable kernels' always.
         measured: the shape that it was the best for.
         key: the shape it is to serve.
+        deterministic: whether it has to give the same bits each time.
     """
     if isinstance(config, HopperFwdConfig):
         if config.HEADS and fits_ring(config, measured.window) != fits_ring(config, key.window):
@@ -92,11 +127,15 @@ def lends(config: AnyConfig, measured: ShapeKey, key: ShapeKey) -> bool:
         # short windows see few keys, whatever the sequence
         return same and (short_window(key) or not small_dims(key) or many_keys(measured) == many_keys(key))
     if isinstance(config, HopperBwdConfig):
+        if config.DETERMINISTIC and not deterministic:  # the best of its shape only where that is asked for
+            return False
         if slides(measured) != slides(key) or config.FORM == HopperBwdForm.SLIDE and not slides(key):
             return False
         if recomputes(measured) != recomputes(key):
             return False
-        # which entries from before groups could be shared do not say
+        # what is not of the kind was measured where the others were not tried
+        if key.window is None and recomputes(key):
+            return config.FORM == HopperBwdForm.RECOMPUTE and (config.SPLIT_GROUP > 1 or not _can_share(key))
         return key.window is not None or not _can_share(key) or (config.SPLIT_GROUP > 1) == shares_group(key)
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_sink_attn import dispatch
+from flash_sink_attn import dispatch, tuned_table
 from flash_sink_attn.config import PORTABLE, AttnConfig, Kernel, TileConfig, limits_of, reject_reason
 from flash_sink_attn.dispatch import DeviceInfo, choose, decide, device_info, heuristic
 from flash_sink_attn.kernel_code import kernel_code_hash
@@ -51,6 +52,7 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     table_of(entry()).save(path)
     monkeypatch.setenv(ENV_VAR, str(path))
     monkeypatch.setattr(dispatch, "device_info", lambda device: DeviceInfo("h100", 90))
+    monkeypatch.setattr(tuned_table, "_packaged_slugs", cache(lambda: ()))
     return path
 
 

@@ -9,7 +9,7 @@ import pytest
 from flash_sink_attn import dispatch, selection
 from flash_sink_attn.config import HopperBwdConfig, HopperFwdConfig, TileConfig, limits_of
 from flash_sink_attn.heuristic import heuristic
-from flash_sink_attn.regimes import fits_ring, lends, shares_group, slides
+from flash_sink_attn.regimes import few_tiles, fits_ring, lends, recomputes, shares_group, slides
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
 
 LIMITS = limits_of(90)
@@ -62,6 +62,32 @@ def test_the_kinds_follow_the_call() -> None:
     assert slides(WINDOW) and not slides(WINDOW._replace(heads_q=8)) and not slides(WIDE._replace(window=128))
     assert shares_group(tokens(CAUSAL, 2048)) and not shares_group(tokens(CAUSAL, 2049)) and not shares_group(WINDOW)
     assert not shares_group(tokens(CAUSAL, 256, head_dim=192, head_dim_v=128))
+    # three sections of heads that run at once, the last one alone; two; and as many as the card runs in one
+    assert shares_group(tokens(CAUSAL, 5120, heads_q=32)) and not shares_group(tokens(CAUSAL, 3001))
+    assert shares_group(tokens(CAUSAL, 5120, heads_q=24, heads_kv=3))
+    shares_group(tokens(CAUSAL, 0))  # no keys, no error
+    assert few_tiles(tokens(CAUSAL, 1111)) and not few_tiles(tokens(CAUSAL, 1500))
+    assert not few_tiles(tokens(WIDE, 256)) and not few_tiles(tokens(WINDOW, 256))
+
+
+def test_short_sequences_and_groups_of_one_recompute_at_middle_head_dims() -> None:
+    assert recomputes(tokens(WIDE, 2048)) and not recomputes(tokens(WIDE, 2049)) and not recomputes(CAUSAL)
+    assert recomputes(tokens(WIDE, 8192, heads_q=8)) and not recomputes(tokens(WIDE, 2048, batch=4))
+    assert not recomputes(tokens(WIDE, 256, head_dim=256, head_dim_v=256))
+    again = HopperBwdConfig(64, 64, FORM=1, SPLIT_GROUP=2)
+    assert heuristic("hopper_bwd", tokens(WIDE, 1777, batch=3, heads_kv=4, heads_q=32), LIMITS) == again
+    assert heuristic("hopper_bwd", tokens(WIDE, 6000, heads_q=8), LIMITS) == HopperBwdConfig(64, 64, FORM=1)
+    # what was the best where this was not tried is not lent
+    near, key = tokens(WIDE, 1024), tokens(WIDE, 1100)
+    assert lends(again, near, key) and not lends(HopperBwdConfig(64, 128, SPLIT_GROUP=2), near, key)
+
+
+def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
+    ordered = HopperBwdConfig(64, 128, DETERMINISTIC=True)
+    key, near = tokens(CAUSAL, 8000), tokens(CAUSAL, 8192)
+    own = table(("hopper_bwd", near, ordered, 0.3))
+    assert dispatch.decide("hopper_bwd", key, LIMITS, own).source == "heuristic"
+    assert dispatch.decide("hopper_bwd", key, LIMITS, own, deterministic=True).config == ordered
 
 
 @pytest.mark.parametrize(("kernel", "key", "wanted"), [
@@ -110,6 +136,16 @@ def test_a_comparison_with_what_would_not_be_used_says_nothing() -> None:
         assert selection.decide("bwd", key, LIMITS, own).impl == impl
     # measured for this very shape
     assert selection.decide("bwd", near, LIMITS, table(*unshared)).impl == "triton"
+
+
+def test_an_implementation_measured_with_what_this_call_cannot_use_is_judged_by_the_heuristic() -> None:
+    """Heads in eights were the fastest there; this call has a group of four."""
+    near, key = WINDOW, tokens(WINDOW, 8192, heads_q=32)
+    own = table(("hopper_fwd", near, PACKED, 0.1), ("fwd", near, TileConfig(64, 32), 0.2))
+    found = selection.decide("fwd", key, LIMITS, own)
+    assert found.impl == "hopper" and found.decisions[0].source == "heuristic" and "not for its kind" in found.reason
+    # where nobody measured it, what was measured goes first
+    assert selection.decide("fwd", key, LIMITS, table(("fwd", near, TileConfig(64, 32), 0.2))).impl == "triton"
 
 
 def test_a_choice_of_the_same_bits_does_not_hide_faster_ones() -> None:

@@ -6,13 +6,14 @@ import logging
 import sys
 import types
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from flash_sink_attn import dispatch, explain, flash_sink_attn_func, heuristic, selection
+from flash_sink_attn import dispatch, explain, flash_sink_attn_func, heuristic, selection, tuned_table
 from flash_sink_attn.config import AttnConfig, HopperBwdConfig, HopperFwdConfig, Pass, TileConfig
 from flash_sink_attn.dispatch import DeviceInfo
 from flash_sink_attn.hopper import support
@@ -33,6 +34,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine with an H100 and a Gluon that builds the kernels."""
     monkeypatch.setattr(dispatch, "device_info", lambda device: DeviceInfo("h100", 90))
     monkeypatch.setattr(support, "device_problem", lambda device: None)
+    monkeypatch.setattr(tuned_table, "_packaged_slugs", cache(lambda: ()))
     dispatch.forget()
     selection._log_fallback.cache_clear()
     yield
