@@ -32,7 +32,8 @@ class PendingTrial:
         peer: whether it is to compare with, and not under test.
         compiled: what the compilers made of it, None = nothing yet.
         must_compile: whether it has to wait for them.
-        oom: its row's status, message and fields when it ran out of memory beside other workers, which is no verdict.
+        beside: its row's status, message and fields from beside other workers, when that was no verdict since they took
+            memory or time from it; it runs again alone.
     """
 
     trial: Trial
@@ -42,7 +43,7 @@ class PendingTrial:
     peer: bool
     compiled: CompileResult | None = None
     must_compile: bool = False
-    oom: tuple[str, str, dict[str, Any]] | None = None
+    beside: tuple[str, str, dict[str, Any]] | None = None
 
     @property
     def id(self) -> str:

@@ -28,7 +28,7 @@ from sweeps.jobs import Catalogue, PendingFinal, PendingTrial, finals_among, lau
 from sweeps.plan import Trial
 from sweeps.registry import is_peer
 from sweeps.rows import make_row
-from sweeps.sampling import Sampling
+from sweeps.sampling import Sampling, disturbed
 from sweeps.spec import SweepSpec
 from sweeps.store import Row, Store, StoreError
 from sweeps.summary import RunSummary
@@ -169,8 +169,8 @@ class _Runner:
         """Finishes what the phases have left."""
         self._work(lambda job: True)
         for _, job in self._alone:  # of a run that is stopped: what came out beside others is better than nothing
-            if isinstance(job, PendingTrial) and job.oom:
-                status, text, fields = job.oom
+            if isinstance(job, PendingTrial) and job.beside:
+                status, text, fields = job.beside
                 self._row(job, status, text, **fields)
         self._alone = [(lane, job) for lane, job in self._alone if isinstance(job, PendingFinal)]
 
@@ -320,10 +320,17 @@ class _Runner:
         status, text = fields.pop("status"), fields.pop("message")
         if status == "unavailable" or done.outcome.stage == "import":  # its other trials would end the same way
             self._unavailable[p.source] = text
-        if status == "oom" and p.oom is None and self._workers.others_hold_memory(done.lane):
-            p.oom = status, text, fields
-            self._alone.insert(0, (done.lane, p))
+        out_of_room = status == "oom" and self._workers.others_hold_memory(done.lane)
+        if p.beside is None and (out_of_room or status == "ok" and disturbed(fields)):
+            p.beside = status, text, fields
+            self._alone.append((done.lane, p))
+            # finals last, and a worker's trials together: to be left alone it ends the others
+            lanes = self._workers.lanes
+            self._alone.sort(key=lambda one: (isinstance(one[1], PendingFinal), -lanes.index(one[0])))
             return None
+        if p.beside is not None and p.beside[0] == "ok":
+            again = f"taken again alone; beside others {p.beside[2]['latency_ms']:.4g} ms, too uncertain"
+            fields["note"] = "; ".join(filter(None, (fields.get("note"), again)))
         return self._add_row(p, status, text, fields, sync=False)
 
     def _stage_limit_s(self, stage: str) -> float:

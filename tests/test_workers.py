@@ -13,6 +13,7 @@ import pytest
 from sweeps import runner
 from sweeps.finals import Final
 from sweeps.plan import Trial
+from sweeps.sampling import disturbed
 from sweeps.spec import SweepSpec
 from sweeps.store import read_finals, read_rows, read_sittings
 from sweeps.supervisor import Outcome, Supervisor
@@ -78,6 +79,29 @@ def test_memory_that_others_hold_is_no_verdict(tmp_path: Path) -> None:
     assert [rows[n]["status"] for n in range(4)] == ["ok", "ok", "oom", "ok"], rows[1]["message"]
     begun = [json.loads(line)["trial"] for line in (tmp_path / "run" / "started.jsonl").read_text().splitlines()]
     assert {n: begun.count(row["trial"]) for n, row in rows.items()} == {0: 1, 1: 2, 2: 2, 3: 1}
+
+
+def test_times_that_others_disturbed_are_taken_again_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    spec = make_spec(fake={"log": str(log)}, fa3_a={"log": str(log)})
+    monkeypatch.setattr(runner, "disturbed", lambda fields: bool(fields.get("latency_ms")))
+    planned = [*trials(spec, "fa3_a", {"n": 0}), *trials(spec, "fake", {"n": 1}, {"n": 2, "do": "runtime_error"})]
+    rows = go(spec, tmp_path / "run", planned, peer_workers=1)
+    assert [rows[n]["status"] for n in range(3)] == ["ok", "ok", "runtime_error"]
+    assert sorted(log.read_text().split()) == ["0", "0", "1", "1", "2"]  # once more, and never a third time
+    assert all("taken again alone; beside others" in rows[n]["note"] for n in (0, 1)) and not rows[2]["note"]
+
+
+def test_who_is_disturbed() -> None:
+    """Samples that somebody compiled beside; the same beside nobody, or in time, are the kernel's own."""
+    times = {"samples_ms": [1.0, 1.0, 3.5, 3.5, 3.4, 1.0], "latency_ms": 1.0, "overlapped": 0.1, "half_width": 1.25}
+    assert disturbed(times | {"stop_reason": "time"})
+    assert disturbed(times | {"stop_reason": "time", "samples_ms": [19.0, 19.5, 40.0], "latency_ms": 19.5,
+                              "half_width": None})
+    assert not disturbed(times | {"stop_reason": "precision"})
+    assert not disturbed(times | {"stop_reason": "time", "overlapped": 0.0})
+    assert not disturbed(times | {"stop_reason": "time", "half_width": 0.01})
+    assert not disturbed({"status": "ok", "stop_reason": "time", "overlapped": 0.1, "latency_ms": None})
 
 
 def test_a_peer_stays_with_the_worker_that_compiled_it() -> None:
