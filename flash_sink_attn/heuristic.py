@@ -166,7 +166,7 @@ def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
 
 def _hopper_backwards(key: ShapeKey, deterministic: bool) -> tuple[HopperBwdConfig, ...]:
     again = _HOPPER_BWD_RECOMPUTE if recomputes(key) else ()
-    if key.window is None:  # a group's heads are the work of a tile, and one program has all that a tile sees
+    if key.window is None:  # twice the programs, of which short sequences have few
         again = (*(dataclasses.replace(c, SPLIT_GROUP=2) for c in again), *again)
     candidates = (*(_HOPPER_BWD_SLIDE if slides(key) else ()), *again,
                   *(_HOPPER_BWD_SMALL_DIM if small_dims(key) else ()), *_HOPPER_BWD, *_HOPPER_BWD_LARGE_DIM)
