@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from flash_sink_attn.config import IMPLS, HopperBwdConfig
 from sweeps.columns import WHOLE_PASSES
+from sweeps.measured import Measured
 from sweeps.select import CaseResult, Selection
 from sweeps.tables import (
     DTYPE_SHORT,
@@ -80,15 +82,28 @@ def summary_line(board: Board) -> str:
             + (f"; {lost} without a time of ours" if lost else "") + ".")
 
 
+def same_bits(result: CaseResult) -> Measured | None:
+    """Our fastest candidate of a backward that gives the same bits each time; None where none was timed."""
+    def is_reproducible(m: Measured) -> bool:
+        return m.impl != "hopper" or bool(m.config) and HopperBwdConfig.from_dict(m.config).reproducible
+
+    ours = (m for m in result.ranked if m.impl in IMPLS and is_reproducible(m))
+    return min(ours, key=lambda m: m.latency_ms, default=None)
+
+
 def board_markdown(board: Board) -> str:
-    """The summary and a table with a row per case."""
+    """The summary and a table with a row per case; of a backward also our time with the same bits each time."""
     impls = timed_impls(board.results)
+    backward = board.pass_ == "bwd"
     rows, marked = [], False
     for r in board.results:
         cells, no_sink = time_cells(r, impls)
         marked |= no_sink
         tile = f"{with_impl(r.best)}, {number(r.best.row.get('tflops'))} TFLOP/s" if r.best else NONE
+        if backward:
+            cells.append(number(m.latency_ms, 4) if (m := same_bits(r)) else NONE)
         rows.append([shape_label(r), *cells, times(r.speedup(r.best_peer)), tile])
-    table = markdown([board.pass_, *impls, "best peer / ours", "our config"], rows)
+    head = [board.pass_, *impls, *(["ours, same bits"] if backward else []), "best peer / ours", "our config"]
+    table = markdown(head, rows)
     return (f"{summary_line(board)} Device time in ms, cold L2; the fastest that applies the sink is bold."
             f"\n\n{table}{NO_SINK if marked else ''}")

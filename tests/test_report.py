@@ -12,6 +12,7 @@ import pytest
 from matplotlib.patches import Rectangle
 
 import sweeps
+from flash_sink_attn.config import HopperBwdConfig
 from sweeps import tables
 from sweeps.board import board_markdown, boards, summary_line
 from sweeps.columns import COLUMNS
@@ -160,6 +161,17 @@ def test_a_board_has_a_ratio_per_case_their_mean_and_the_worst():
     assert "gpt-oss (64/8 x 64), causal, bf16, 2048); 1 without a peer; 1 without a time of ours." in text
     assert "without the sink" in text and boards(select([])) == []
     assert "no case has a time" in summary_line(boards(select([row(FWD, ms=1.0)]))[0])
+
+
+def test_a_board_says_what_the_same_bits_each_time_cost():
+    causal, wide = case("gpt-oss", "bwd", 2048, None), case("gpt-oss", "bwd", 4096, None)
+    loose, ordered, again = (HopperBwdConfig(64, n, **other).to_dict()
+                             for n, other in ((128, {}), (128, {"DETERMINISTIC": True}), (64, {"FORM": 1})))
+    (board,) = boards(select([
+        row(causal, "hopper", loose, ms=0.5), row(causal, "hopper", ordered, ms=0.6),
+        row(causal, "hopper", again, ms=0.7), row(causal, config=tile(64, 64), ms=0.8),
+        row(causal, "fa4", ms=0.4), row(wide, "hopper", loose, ms=1.0), row(wide, "fa4", ms=1.0)]))
+    assert [x["ours, same bits"] for x in table_rows(board_markdown(board))] == ["0.6000", "-"]
 
 
 # Figures
