@@ -3,6 +3,8 @@
 A device sample is one call between two CUDA events, with the L2 cache flushed before it. The call is queued behind a
 spinning kernel, so that everything it launches is waiting when the first event fires and no host gap is timed. Whether
 that held is checked for every sample: when the host is done queueing, the first event must still be in the future.
+What the same pair of events shows around nothing (2.9 us on an H100 and an H200) is no kernel's time and is taken off
+every sample.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ _MAX_BATCH = 10
 BATCH_MS = 25.0  # of work queued at a time
 _MAX_RETAKES = 3
 CPU_SAMPLES = 2
+_ZERO_SAMPLES = 30
+_EVENT_TICK_MS = 32e-6  # of the events' clock on an H100; no sample is shorter
 _BURST_MS = 10.0
 _MAX_BURST_CALLS = 500
 
@@ -48,6 +52,7 @@ class Timing:
         note: what a reader must know about the times, "" = nothing.
         host_ms: what the host needs to queue the call; None on a CPU.
         late: samples thrown away because the host came late.
+        zero_ms: what a pair of events shows around nothing, which every sample is without.
         sm_clock_mhz, mem_clock_mhz, power_w, temperature_c: medians (power and temperature: highest) of what NVML said
             while the samples ran, None without it.
         throttle: names of the reasons seen.
@@ -60,6 +65,7 @@ class Timing:
     note: str = ""
     host_ms: float | None = None
     late: int = 0
+    zero_ms: float = 0.0
     sm_clock_mhz: float | None = None
     mem_clock_mhz: float | None = None
     power_w: float | None = None
@@ -79,7 +85,7 @@ class Timing:
             "latency_ms": self.latency_ms, "latency_ms_p20": fifths[0], "latency_ms_p80": fifths[3],
             "samples": len(self.samples_ms), "samples_ms": [round(s, 6) for s in self.samples_ms],
             "half_width": relative_half_width(self.samples_ms), "stop_reason": self.stop_reason,
-            "timing": self.mode, "host_ms": self.host_ms, "late_samples": self.late,
+            "timing": self.mode, "host_ms": self.host_ms, "late_samples": self.late, "event_zero_ms": self.zero_ms,
             "sm_clock_mhz": self.sm_clock_mhz, "mem_clock_mhz": self.mem_clock_mhz, "power_w": self.power_w,
             "temperature_c": self.temperature_c, "throttle": list(self.throttle),
         }
@@ -164,6 +170,7 @@ class DeviceTimer:
 
     Attributes:
         capture_failed: a graph capture failed here, which may have left traces in the process.
+        zero_ms: what a pair of events shows around nothing at all, milliseconds; measured once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -177,6 +184,8 @@ class DeviceTimer:
         self._sensors = Sensors(str(getattr(card, "uuid", "")) or None, device.index or 0)
         self._cycles_per_ms = self._calibrate()
         self.capture_failed = False
+        around_nothing, _ = self._between_events([lambda: None] * _ZERO_SAMPLES, spin_for(0.0))
+        self.zero_ms = statistics.median([ms for ms, late in around_nothing if not late] or [0.0])
 
     def measure(self, call: Call, sampling: Sampling) -> Timing:
         """Samples until the median is known to ``sampling.precision``; the call has run before."""
@@ -222,7 +231,8 @@ class DeviceTimer:
             if half_width is not None and half_width <= sampling.precision:
                 stop = "precision"
                 break
-        return Timing(tuple(samples), stop, mode, note, host_ms, late, tainted=tainted, **summary(readings))
+        return Timing(tuple(samples), stop, mode, note, host_ms, late, self.zero_ms, tainted=tainted,
+                      **summary(readings))
 
     def allocated(self) -> int | None:
         """Bytes of tensors alive on the device."""
@@ -278,8 +288,13 @@ class DeviceTimer:
         """One sample of each call, in the order given, and the sensors while they ran.
 
         Returns:
-            Per call (ms, whether the host was late), and the reading, None without NVML.
+            Per call (ms, less ``zero_ms``; whether the host was late), and the reading, None without NVML.
         """
+        samples, reading = self._between_events(calls, spin_ms)
+        return [(max(ms - self.zero_ms, _EVENT_TICK_MS), was_late) for ms, was_late in samples], reading
+
+    def _between_events(self, calls: Sequence[Call], spin_ms: float
+                        ) -> tuple[list[tuple[float, bool]], Reading | None]:
         cycles = int(spin_ms * self._cycles_per_ms)
         marks = []
         for call in calls:

@@ -92,17 +92,19 @@ def agreement(
     facts = {name: env[name] for name in ("gpu", "driver", "cuda", "torch", "triton")}
     device = torch.device("cuda", 0)
 
-    def keep(found: Sequence[Agreement], zero: float) -> None:
-        write_agreement(folder, found, zero, facts)
+    timer = DeviceTimer(device)
 
-    found, zero = run_agreement(DeviceTimer(device), device, names=names, keep=keep, say=typer.echo)
+    def keep(found: Sequence[Agreement]) -> None:
+        write_agreement(folder, found, timer.zero_ms, facts)
+
+    found = run_agreement(timer, device, names=names, keep=keep, say=typer.echo)
     if not found:
         _fail(BAD_RUN, "agreement: no call could be compared")
     if ncu:
         typer.echo("Nsight Compute")
         found = add_ncu(found, fnmatch.filter(names, ncu_only))
-        keep(found, zero)
-    make_console().print(markdown(found, zero, facts), markup=False, highlight=False, soft_wrap=True)
+        keep(found)
+    make_console().print(markdown(found, timer.zero_ms, facts), markup=False, highlight=False, soft_wrap=True)
     typer.echo(f"{folder}: agreement.md, agreement.csv")
 
 

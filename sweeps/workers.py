@@ -117,9 +117,10 @@ class Workers:
         Raises:
             RunError: no worker comes up.
         """
+        # all are listened to before any overlap is told: a busy parent may find one's row and another's stages together
+        outcomes = [(lane, lane.supervisor.poll()) for lane in self.lanes]
         finished: list[Finished] = []
-        for lane in self.lanes:
-            outcome = lane.supervisor.poll()
+        for lane, outcome in outcomes:
             if outcome is not None:
                 finished.append(Finished(lane, lane.job, outcome, self._overlap(lane, outcome.measured)))
                 lane.job = None

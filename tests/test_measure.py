@@ -25,10 +25,11 @@ class Machine:
 
     CYCLES_PER_MS = 1_980_000
 
-    def __init__(self, launch_ms: float = 0.004) -> None:
+    def __init__(self, launch_ms: float = 0.004, event_zero_ms: float = 0.0) -> None:
         self.host = 0.0     # the host's clock
         self.device = 0.0   # when the device is through with what it has
         self.launch_ms = launch_ms
+        self.event_zero_ms = event_zero_ms  # what a pair of events shows beside what is between them
         self.l2_cold = False
         self.alive = self.peak = 0
 
@@ -66,7 +67,7 @@ class Machine:
                 machine.synchronize()
 
             def elapsed_time(self, end: Event) -> float:
-                return end.at - self.at
+                return end.at - self.at + machine.event_zero_ms
 
         def no_graphs() -> None:
             raise RuntimeError("no graphs here")
@@ -111,6 +112,15 @@ def test_device_time_is_cold_and_holds_no_host_gaps(simulate: Callable[[Machine]
     assert timing.latency_ms == pytest.approx(0.8, rel=1e-6)
     assert timing.host_ms == pytest.approx(30 * 0.054 + 0.004, rel=0.02)
     assert len(timing.samples_ms) == 10
+
+
+def test_what_a_pair_of_events_shows_around_nothing_is_in_no_sample(simulate: Callable[[Machine], DeviceTimer]) -> None:
+    machine = Machine(event_zero_ms=0.0029)
+    timing = simulate(machine).measure(lambda: machine.kernel(0.02), Sampling())
+    assert timing.samples_ms == pytest.approx([0.02] * 10) and timing.latency_ms == pytest.approx(0.02)
+    assert timing.row_fields()["event_zero_ms"] == pytest.approx(0.0029)
+    samples, _ = simulate(machine).batch([lambda: None], 0.1)
+    assert samples[0][0] > 0  # ratios of samples are taken
 
 
 def test_a_call_that_waits_for_the_device_is_marked_host_bound(simulate: Callable[[Machine], DeviceTimer]) -> None:

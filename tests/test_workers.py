@@ -115,6 +115,19 @@ def test_a_peer_stays_with_the_worker_that_compiled_it() -> None:
     assert alone.lanes_for("fa3", peer=True) == alone.lanes
 
 
+def test_a_row_and_a_stage_that_are_read_together_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy parent reads ours first; what the peer had long been doing then is known only once it is read, too."""
+    workers = Workers(1, lambda stage: 60.0, lambda job, stage: None, lambda note: None)
+    ours, peer = (lane.supervisor for lane in workers.lanes)
+    unread = [(2.0, 7.0)]
+    read: list[tuple[float, float]] = []
+    monkeypatch.setattr(ours, "poll", lambda: Outcome({"status": "ok"}, measured=(5.0, 9.0)))
+    monkeypatch.setattr(peer, "poll", lambda: read.extend(unread))
+    monkeypatch.setattr(peer, "preparing", lambda within: [(max(b, within[0]), min(e, within[1])) for b, e in read])
+    (finished,) = workers.poll()
+    assert finished.lane is workers.lanes[0] and finished.overlapped_s == 2.0
+
+
 def wait_for(supervisor: Supervisor, seconds: float) -> Outcome | None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
