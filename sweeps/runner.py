@@ -231,7 +231,8 @@ class _Runner:
             self._fill(lane)
         if self._alone and not self._waiting and not self._workers.jobs:
             lane, job = self._alone[0]
-            self._workers.leave_alone(lane)
+            if not isinstance(job, PendingTrial) or job.beside is None or job.beside[0] == "oom":
+                self._workers.leave_alone(lane)  # times need only that nobody works beside them, and starting takes 10 s
             if lane.supervisor.idle and self._submit(lane, job):
                 self._alone.pop(0)
 

@@ -83,13 +83,16 @@ def test_memory_that_others_hold_is_no_verdict(tmp_path: Path) -> None:
 
 def test_times_that_others_disturbed_are_taken_again_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
-    spec = make_spec(fake={"log": str(log)}, fa3_a={"log": str(log)})
+    both = {"log": str(log), "meet": str(tmp_path)}
+    spec = make_spec(fake=both, fa3_a=both)
     monkeypatch.setattr(runner, "disturbed", lambda fields: bool(fields.get("latency_ms")))
     planned = [*trials(spec, "fa3_a", {"n": 0}), *trials(spec, "fake", {"n": 1}, {"n": 2, "do": "runtime_error"})]
     rows = go(spec, tmp_path / "run", planned, peer_workers=1)
     assert [rows[n]["status"] for n in range(3)] == ["ok", "ok", "runtime_error"]
     assert sorted(log.read_text().split()) == ["0", "0", "1", "1", "2"]  # once more, and never a third time
     assert all("taken again alone; beside others" in rows[n]["note"] for n in (0, 1)) and not rows[2]["note"]
+    processes = {line.split()[0] for line in (tmp_path / "runs").read_text().splitlines()}
+    assert len(processes) == 2  # whoever is idle disturbs nobody and need not be started again
 
 
 def test_who_is_disturbed() -> None:
