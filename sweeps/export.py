@@ -234,9 +234,10 @@ def _near(timed: Iterable[Measured], best: Measured, tolerance: float, measured_
 def merge(old: TunedTable, new: TunedTable) -> TunedTable:
     """Both tables' entries; where both have one for a kernel and key, the faster proven one.
 
-    Times prove something only about each other when they are of the same run's kernels: an entry measured on other
-    kernel sources or another Triton, or on another varlen batch of the same key, gives way to the newer run. So does an
-    entry of the same run (it was exported again), and a backward kernel timed alone to a pair timed as a whole.
+    Times prove something only about each other when they are of the same run's kernels: what was measured on other
+    kernel sources or another Triton, or on another varlen batch of the same key, gives way to the newer run, also the
+    entry with or without the same bits each time where the newer run has but one of them. An entry of the same run
+    gives way (it was exported again), and a backward kernel timed alone to a pair timed as a whole.
 
     Raises:
         ValueError: the tables are of different cards.
@@ -245,20 +246,32 @@ def merge(old: TunedTable, new: TunedTable) -> TunedTable:
         raise ValueError(f"to: {old.path} is the tuned table of {old.gpu!r}, expected one of {new.gpu!r}: entries are "
                          "never shared between cards")
     runs = {**old.runs, **new.runs}
-    kept = dict(old.entries)
+    again = {(entry.kernel, entry.key): entry for entry in new.entries.values()}
+    kept = {at: entry for at, entry in old.entries.items()
+            if (newer := again.get((entry.kernel, entry.key))) is None or not _outdates(newer, entry, runs)}
     for at, entry in new.entries.items():
         if at not in kept or _replaces(entry, kept[at], runs):
             kept[at] = entry
     return TunedTable.build(new.gpu, kept.values(), runs, new.path, new.arch or old.arch)
 
 
+def _comparable(new: Entry, old: Entry, runs: Mapping[str, Mapping[str, Any]]) -> bool:
+    ours, theirs = runs[new.run], runs[old.run]
+    same_kernels = all(ours.get(name) == theirs.get(name) for name in ("kernel_source", "triton", "timing_mode"))
+    return same_kernels and (not new.key.varlen or new.case == old.case)
+
+
+def _outdates(new: Entry, old: Entry, runs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether nothing that was measured for the old entry says anything beside the newer run."""
+    newer = str(runs[new.run].get("date") or "") > str(runs[old.run].get("date") or "")
+    return new.run != old.run and not _comparable(new, old, runs) and newer
+
+
 def _replaces(new: Entry, old: Entry, runs: Mapping[str, Mapping[str, Any]]) -> bool:
     if new.run == old.run:
         return True
+    if not _comparable(new, old, runs):
+        return False  # the older of them: what the newer one outdates is gone
     if new.measured_as != old.measured_as:
         return new.measured_as == "bwd"
-    ours, theirs = runs[new.run], runs[old.run]
-    same_kernels = all(ours.get(name) == theirs.get(name) for name in ("kernel_source", "triton", "timing_mode"))
-    if not same_kernels or (new.key.varlen and new.case != old.case):
-        return str(ours.get("date") or "") > str(theirs.get("date") or "")
     return new.latency_ms < old.latency_ms

@@ -232,7 +232,7 @@ class _Runner:
         if self._alone and not self._waiting and not self._workers.jobs:
             lane, job = self._alone[0]
             if not isinstance(job, PendingTrial) or job.beside is None or job.beside[0] == "oom":
-                self._workers.leave_alone(lane)  # times need only that nobody works beside them, and starting takes 10 s
+                self._workers.leave_alone(lane)  # for times who is idle is no matter, and starting takes 10 s
             if lane.supervisor.idle and self._submit(lane, job):
                 self._alone.pop(0)
 

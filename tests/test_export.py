@@ -225,6 +225,27 @@ def test_merge_keeps_the_faster_proven_entry(old, new, kept):
     assert entry.run == kept and set(merged.runs) == {kept}
 
 
+def test_an_alone_timed_part_of_newer_kernels_replaces_an_old_pair():
+    old = table("a", 0.10, tile(64, 32), kernel="bwd_dq", measured_as="bwd")
+    new = table("b", 0.20, tile(64, 64), kernel="bwd_dq", source="z", date="2026-02-01")
+    for merged in (merge(old, new), merge(new, old)):
+        assert [e.run for e in merged.entries.values()] == ["b"]
+
+
+def test_what_other_kernels_had_beside_the_same_bits_goes_with_them():
+    """The newer run says that the same bits are the fastest: no entry in any order stays beside them."""
+    def both(run: str, date: str, source: str, *forms: int) -> TunedTable:
+        entries = [Entry(kernel="hopper_bwd", key=KEY, config=HopperBwdConfig(64, 64, FORM=form), latency_ms=0.1 + form,
+                         measured_as="bwd", default_ms=None, case="c", run=run) for form in forms]
+        return TunedTable.build("h100", entries, {run: {"date": date, "kernel_source": source, "triton": "3.6.0"}})
+
+    old, new = both("a", "2026-01-01", "a", 0, 1), both("b", "2026-02-01", "z", 1)
+    assert len(old.entries) == 2
+    assert [e.run for e in merge(old, new).entries.values()] == ["b"]
+    same_kernels = both("b", "2026-02-01", "a", 1)
+    assert [e.run for e in merge(old, same_kernels).entries.values()] == ["a", "a"]
+
+
 def test_merge_keeps_what_only_one_table_has():
     merged = merge(table("a", 0.1, tile(64, 32)), table("b", 0.2, tile(64, 64), key=KEY._replace(window=None)))
     assert {e.run for e in merged.entries.values()} == {"a", "b"} == set(merged.runs)
