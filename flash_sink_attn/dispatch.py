@@ -115,7 +115,7 @@ def decide(
             found: tuple[Entry, float] | None = (entry, 0.0)
         else:
             found = nearest(kernel, key, table.of_kernel(kernel),
-                            lambda e: lends(e.config, e.key, key, deterministic) and usable(e))
+                            lambda e: lends(e, key, deterministic) and usable(e))
             what = "" if found is None else f"the nearest entry, at distance {found[1]:.2f} of at most {FARTHEST:g}"
         if found is not None and found[1] <= FARTHEST:
             source: Rung = "other card" if lent else "exact" if entry is found[0] else "nearest"

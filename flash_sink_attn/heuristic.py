@@ -21,6 +21,7 @@ from flash_sink_attn.config import (
 from flash_sink_attn.regimes import (
     few_tiles,
     fits_ring,
+    idles,
     many_keys,
     packs_alone,
     recomputes,
@@ -28,6 +29,7 @@ from flash_sink_attn.regimes import (
     short_window,
     slides,
     small_dims,
+    wants_more_at_once,
 )
 from flash_sink_attn.tuned_table import ShapeKey
 
@@ -129,6 +131,8 @@ def _for_this_size(kernel: Kernel, key: ShapeKey, small: bool) -> tuple[TileConf
     """What goes before everything else because of the window's or the batch's size."""
     if kernel == "bwd_dkdv" and not small and -(-key.seqlen_k // 64) * key.heads_kv * key.batch <= _FEW_PROGRAMS:
         return (TileConfig(64, 64, 4, 3 if key.window is None else 2, SPLIT_LOOPS=key.window is None, TMA=True),)
+    if kernel == "fwd" and wants_more_at_once(key):
+        return (TileConfig(64, 64, 4, 3, TMA=True),)
     if kernel == "fwd" and key.window is not None and key.window >= 512:  # most of its tiles need no mask
         return (TileConfig(64, 32, 4, 2, PACK_GQA=True, TMA=True),)
     if kernel == "fwd" and key.window is not None and key.varlen:  # the tail of a packed sequence costs registers
@@ -158,7 +162,7 @@ def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
             _HOPPER_FWD_WINDOW_LARGE_DIM if key.head_dim > 128 else _HOPPER_FWD_WINDOW)
         if packs_alone(key):  # one head instead of two makes twice as many programs
             special = tuple(dataclasses.replace(c, HEADS=min(c.HEADS, 1)) if c.PACK_HEADS else c for c in special)
-        special = tuple(c for c in special if not c.HEADS or fits_ring(c, key.window))
+        special = tuple(c for c in special if not idles(c, key) and (not c.HEADS or fits_ring(c, key.window)))
     else:
         special = () if not small else _HOPPER_FWD_SMALL_DIM if many_keys(key) else _HOPPER_FWD_SMALL_DIM_FEW_KEYS
     return (*special, *_HOPPER_FWD)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from flash_sink_attn.config import (
     HOPPER_SLIDE_WINDOW,
-    AnyConfig,
     HopperBwdConfig,
     HopperBwdForm,
     HopperFwdConfig,
+    TileConfig,
 )
-from flash_sink_attn.tuned_table import ShapeKey
+from flash_sink_attn.tuned_table import Entry, ShapeKey
 
 PROGRAMS_AT_ONCE = 132  # multiprocessors of an H100
 # Adding dq up outside costs two launches more and a pass over it in float32, two more products per pair of tiles cost
@@ -31,6 +31,10 @@ _SHORT_SEQUENCE = 2048
 # Keys that a query sees in the mean: up to here 256 x 64 was the fastest forward tile at head dim 64 in all six shapes
 # of a run, by 3 to 11%; with more 192 x 128 was, but for one of five.
 _MANY_KEYS = 2048
+# 64-row tiles of the portable forward at head dim 64, without a window, between which more programs at once are worth
+# more than the first operand in registers, of which three run on a multiprocessor and without it five. With 432, 504,
+# 576 and 672 tiles that took 0.97, 0.95, 0.95 and 0.92 of the time, with 288 and 336 1.03 and 1.02, with 864 1.11.
+_MORE_AT_ONCE = (3 * PROGRAMS_AT_ONCE, 5.5 * PROGRAMS_AT_ONCE)
 
 
 def small_dims(key: ShapeKey) -> bool:
@@ -56,6 +60,27 @@ def fits_ring(config: HopperFwdConfig, window: int | None) -> bool:
 def packs_alone(key: ShapeKey) -> bool:
     """Whether programs that take eight heads of a group for 64 tokens all run at once, with room for more of them."""
     return key.batch * key.heads_kv * -(-key.seqlen_q // 64) * max(1, _group(key) // 8) <= PROGRAMS_AT_ONCE
+
+
+def idles(config: HopperFwdConfig, key: ShapeKey) -> bool:
+    """Whether programs that take several heads and fill half a multiprocessor each leave much of the card idle.
+
+    All of them take about as long, so a second round with few of them doubles the time: 288 for the 264 that run at
+    once took 0.0494 ms at 2300 tokens with a window of 180, where tiles of one head took 0.0396; at 7700 tokens, four
+    rounds, 0.109 against 0.119.
+    """
+    if not config.PACK_HEADS or config.PROGRAMS_PER_SM or config.registers_per_thread <= 80 or not config.HEADS:
+        return False
+    programs = key.batch * key.heads_kv * -(-key.seqlen_q // 64) * (_group(key) // (config.PACK_HEADS * config.HEADS))
+    at_once = 2 * PROGRAMS_AT_ONCE
+    return at_once < programs < 1.67 * at_once
+
+
+def wants_more_at_once(key: ShapeKey) -> bool:
+    """Whether the portable forward is better off with more programs at once than with its operand in registers."""
+    least, most = _MORE_AT_ONCE
+    tiles = key.batch * key.heads_q * -(-key.seqlen_q // 64)
+    return small_dims(key) and not short_window(key) and least < tiles <= most
 
 
 def slides(key: ShapeKey) -> bool:
@@ -109,35 +134,41 @@ def _key_tiles(key: ShapeKey) -> int:
     return -(-key.seqlen_k // 128)
 
 
-def lends(config: AnyConfig, measured: ShapeKey, key: ShapeKey, deterministic: bool = False) -> bool:
-    """Whether a configuration that was the best for one shape says something about another one of its family.
+def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
+    """Whether the configuration that was the best for one shape says something about another one of its family.
 
     Args:
-        config: the configuration, of any kernel; of the portable kernels' always.
-        measured: the shape that it was the best for.
+        entry: the configuration, its kernel and the shape that it was the best for.
         key: the shape it is to serve.
         deterministic: whether it has to give the same bits each time.
     """
+    config, measured = entry.config, entry.key
+    if isinstance(config, TileConfig):
+        return entry.kernel != "fwd" or wants_more_at_once(measured) == wants_more_at_once(key)
     if isinstance(config, HopperFwdConfig):
         if config.HEADS and fits_ring(config, measured.window) != fits_ring(config, key.window):
             return False
         if config.PACK_HEADS and packs_alone(measured) != packs_alone(key):
             return False
+        if idles(config, measured) != idles(config, key):
+            return False
         same = short_window(measured) == short_window(key)
         # short windows see few keys, whatever the sequence
         return same and (short_window(key) or not small_dims(key) or many_keys(measured) == many_keys(key))
-    if isinstance(config, HopperBwdConfig):
-        if config.DETERMINISTIC and not deterministic:  # the best of its shape only where that is asked for
-            return False
-        if slides(measured) != slides(key) or config.FORM == HopperBwdForm.SLIDE and not slides(key):
-            return False
-        if recomputes(measured) != recomputes(key):
-            return False
-        # what is not of the kind was measured where the others were not tried
-        if key.window is None and recomputes(key):
-            return config.FORM == HopperBwdForm.RECOMPUTE and (config.SPLIT_GROUP > 1 or not _can_share(key))
-        return key.window is not None or not _can_share(key) or (config.SPLIT_GROUP > 1) == shares_group(key)
-    return True
+    return _lends_backward(config, measured, key, deterministic)
+
+
+def _lends_backward(config: HopperBwdConfig, measured: ShapeKey, key: ShapeKey, deterministic: bool) -> bool:
+    if config.DETERMINISTIC and not deterministic:  # the best of its shape only where that is asked for
+        return False
+    if slides(measured) != slides(key) or config.FORM == HopperBwdForm.SLIDE and not slides(key):
+        return False
+    if recomputes(measured) != recomputes(key):
+        return False
+    # what is not of the kind was measured where the others were not tried
+    if key.window is None and recomputes(key):
+        return config.FORM == HopperBwdForm.RECOMPUTE and (config.SPLIT_GROUP > 1 or not _can_share(key))
+    return key.window is not None or not _can_share(key) or (config.SPLIT_GROUP > 1) == shares_group(key)
 
 
 def _group(key: ShapeKey) -> int:

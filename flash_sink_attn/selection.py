@@ -182,8 +182,7 @@ def wanted(
     for nearest in sorted(near, key=lambda d: (d.source == "other card", d.distance or 0.0)):
         assert nearest.entry is not None and nearest.table is not None
         at = {impl: _entries_at(nearest, impl, pass_, deterministic) for impl in KERNELS_OF}
-        if nearest.entry.key != key and not all(lends(e.config, e.key, key, deterministic)
-                                              for of in at.values() for e in of):
+        if nearest.entry.key != key and not all(lends(e, key, deterministic) for of in at.values() for e in of):
             continue
         if any(at[impl] and any(d.entry is None for d in decisions)
                for impl, decisions in zip(IMPLS, (portable, hopper), strict=True)):

@@ -3,8 +3,8 @@
 A device sample is one call between two CUDA events, with the L2 cache flushed before it. The call is queued behind a
 spinning kernel, so that everything it launches is waiting when the first event fires and no host gap is timed. Whether
 that held is checked for every sample: when the host is done queueing, the first event must still be in the future.
-What the same pair of events shows around nothing (2.9 us on an H100 and an H200) is no kernel's time and is taken off
-every sample.
+What the same pair of events shows around nothing (1.9 to 2.9 us on H100s and an H200) is no kernel's time and is taken
+off every sample.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ WIDE = CAUSAL._replace(head_dim=128, head_dim_v=128)
 ADD, SHARED = HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128, 3, SPLIT_GROUP=2)
 RECOMPUTE, SLIDE = HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(64, 192, 4, FORM=2)
 PACKED = HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=80)
+PACKED_FIVE = HopperFwdConfig(64, 64, 5, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=128)
 LARGE = HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1)
 
 
@@ -26,8 +28,19 @@ def tokens(key: ShapeKey, n: int, **other: Any) -> ShapeKey:
     return key._replace(seqlen_q=n, seqlen_k=n, **other)
 
 
+def entry(config: Any, measured: ShapeKey) -> Entry:
+    kernel: Any = {TileConfig: "fwd", HopperFwdConfig: "hopper_fwd", HopperBwdConfig: "hopper_bwd"}[type(config)]
+    return Entry(kernel, measured, config, 1.0, "fwd" if kernel.endswith("fwd") else "bwd", None, "case", "run")
+
+
 @pytest.mark.parametrize(("config", "measured", "key", "lent"), [
-    (TileConfig(64, 64), tokens(CAUSAL, 2048), CAUSAL, True),               # the portable kernels': always
+    (TileConfig(64, 64), tokens(CAUSAL, 2048), CAUSAL, True),
+    # 672 tiles of 64 rows: more programs at once before the first operand in registers
+    (TileConfig(64, 64, REGISTER_A=True), tokens(CAUSAL, 1024), tokens(CAUSAL, 1300, heads_q=32), False),
+    (TileConfig(64, 64), tokens(CAUSAL, 1250, heads_q=32), tokens(CAUSAL, 1300, heads_q=32), True),
+    # 288 programs where 264 run at once
+    (PACKED_FIVE, tokens(WINDOW, 8192, window=180), tokens(WINDOW, 2300, window=180), False),
+    (PACKED_FIVE, tokens(WINDOW, 8192, window=180), tokens(WINDOW, 7700, window=180), True),
     (SHARED, tokens(CAUSAL, 1024), tokens(CAUSAL, 2048), True),
     (SHARED, tokens(CAUSAL, 2048), tokens(CAUSAL, 2049), False),
     (ADD, CAUSAL, tokens(CAUSAL, 8192), True), (ADD, CAUSAL, tokens(CAUSAL, 2048), False),
@@ -45,7 +58,12 @@ def tokens(key: ShapeKey, n: int, **other: Any) -> ShapeKey:
     (HopperFwdConfig(64, 64), WIDE._replace(window=512), WIDE._replace(window=1024), False),
 ])
 def test_what_is_lent(config: Any, measured: ShapeKey, key: ShapeKey, lent: bool) -> None:
-    assert lends(config, measured, key) is lent
+    assert lends(entry(config, measured), key) is lent
+
+
+def test_the_portable_backward_is_always_lent() -> None:
+    tiles = dataclasses.replace(entry(TileConfig(64, 64, REGISTER_A=True), tokens(CAUSAL, 1024)), kernel="bwd_dq")
+    assert lends(tiles, tokens(CAUSAL, 1300, heads_q=32))
 
 
 def test_the_ring_is_the_launchers() -> None:
@@ -79,7 +97,7 @@ def test_short_sequences_and_groups_of_one_recompute_at_middle_head_dims() -> No
     assert heuristic("hopper_bwd", tokens(WIDE, 6000, heads_q=8), LIMITS) == HopperBwdConfig(64, 64, FORM=1)
     # what was the best where this was not tried is not lent
     near, key = tokens(WIDE, 1024), tokens(WIDE, 1100)
-    assert lends(again, near, key) and not lends(HopperBwdConfig(64, 128, SPLIT_GROUP=2), near, key)
+    assert lends(entry(again, near), key) and not lends(entry(HopperBwdConfig(64, 128, SPLIT_GROUP=2), near), key)
 
 
 def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
@@ -98,6 +116,9 @@ def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
     ("hopper_fwd", tokens(WINDOW, 1024), HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=1, PACK_HEADS=4, maxnreg=80)),
     ("hopper_fwd", WINDOW._replace(window=256),
      HopperFwdConfig(64, 64, 5, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=128)),
+    ("hopper_fwd", tokens(WINDOW, 2300, window=180), HopperFwdConfig(64, 64, 2, PROGRAMS_PER_SM=3, maxnreg=80)),
+    ("fwd", tokens(CAUSAL, 1300, heads_q=32), TileConfig(64, 64, 4, 3, TMA=True)),
+    ("fwd", tokens(CAUSAL, 1300), TileConfig(64, 64, 4, 3, TMA=True, REGISTER_A=True)),
     ("hopper_fwd", WINDOW._replace(window=512), HopperFwdConfig(64, 64, 2, PROGRAMS_PER_SM=3, maxnreg=80)),
     ("hopper_fwd", WINDOW._replace(head_dim=192, head_dim_v=128),
      HopperFwdConfig(64, 64, SHARE_Q=True, PROGRAMS_PER_SM=2)),
