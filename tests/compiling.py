@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+_warnings_of: dict[str, list[str]] = {}
+
+
+def build_and_listen(build: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """A compiled kernel and ptxas's warnings that matrix instructions wait for each other (C7510 to C7519).
+
+    In a process of :func:`built_in_halves`, where Triton prints what ptxas said of what it builds.
+    """
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        compiled = build()
+    text = said.getvalue()
+    if compiled.hash not in _warnings_of:
+        assert "registers" in text, f"ptxas was not heard: {text[-500:]!r}"
+        _warnings_of[compiled.hash] = sorted(set(re.findall(r"C75\d\d", text)))
+    return compiled, _warnings_of[compiled.hash]
 
 
 def built_in_halves(code: str, cases: Mapping[str, Any], cache: Path) -> dict[str, Any]:
@@ -23,10 +41,11 @@ def built_in_halves(code: str, cases: Mapping[str, Any], cache: Path) -> dict[st
     """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            "FLASH_SINK_ATTN_COMPILE_ONLY": "1", "TRITON_CACHE_DIR": str(cache)}
+            "FLASH_SINK_ATTN_COMPILE_ONLY": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
     lines = [json.dumps([name, of.to_dict()]) for name, of in cases.items()]
-    halves = [subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    halves = [subprocess.Popen([sys.executable, "-c", code], env=env | {"TRITON_CACHE_DIR": str(cache / half)},
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+              for half in ("first", "second")]  # ptxas is heard by who builds, so none may find the other's
     for i, half in enumerate(halves):
         assert half.stdin is not None
         half.stdin.write("\n".join(lines[i::2]))

@@ -30,32 +30,31 @@ SPILLING = {"128-varlen": {"keys"}, "128-own-keys": {"keys"}, "128-ordered-windo
             "128-recompute-split": {"keys"},
             "64-slide-varlen": {"slide"}, "256-window": {"wide"}, "256-varlen": {"wide"}, "256-own-keys": {"wide"}}
 
-# In a process of its own: it must neither touch a GPU nor enter the interpreter. ptxas says of each kernel whether it
-# made the matrix instructions wait for each other (C7510 to C7519).
+# In a process of its own: it must neither touch a GPU nor enter the interpreter.
 CODE = """
-import json, re, subprocess, sys, tempfile
+import json, re, sys
 from flash_sink_attn.compile_only import set_target
 from flash_sink_attn.hopper import launch_backward, launch_forward
-from flash_sink_attn.machine_code import disassemble, tool
+from flash_sink_attn.machine_code import disassemble
 from flash_sink_attn.sass_loops import matrix_loops
+from tests.compiling import build_and_listen
 from tests.hopper_backward_cases import Case, build
 
 set_target(90)
-real, kernels = launch_backward.launch, {}
+real, kernels, looked_at = launch_backward.launch, {}, {}
+
+def look_at(compiled, warnings):
+    sass = disassemble(compiled.asm["cubin"])
+    loops = matrix_loops(sass)
+    return dict(
+        hgmma=len(re.findall(r"\\bHGMMA\\b", sass)), shared=compiled.metadata.shared, warnings=warnings,
+        serialised=sum(x.serialised for x in loops), spills=sum(x.spills for x in loops))
 
 def launch(kernel, *of, **how):
-    compiled = real(kernel, *of, **how)
-    sass = disassemble(compiled.asm["cubin"])
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        said = subprocess.run([tool("ptxas"), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"],
-                              capture_output=True, text=True)
-    loops = matrix_loops(sass)
-    kernels[kernel.__name__] = dict(
-        hgmma=len(re.findall(r"\\bHGMMA\\b", sass)), shared=compiled.metadata.shared, ptxas=said.returncode,
-        warnings=sorted(set(re.findall(r"C75\\d\\d", said.stdout + said.stderr))),
-        serialised=sum(x.serialised for x in loops), spills=sum(x.spills for x in loops))
+    compiled, warnings = build_and_listen(lambda: real(kernel, *of, **how))
+    if compiled.hash not in looked_at:  # the disassembler takes most of a second, and is for what multiplies
+        looked_at[compiled.hash] = look_at(compiled, warnings) if "wgmma" in compiled.asm["ptx"] else {}
+    kernels[kernel.__name__] = looked_at[compiled.hash]
     return compiled
 
 launch_backward.launch, launch_forward.launch = launch, lambda *of, **how: None
@@ -88,7 +87,7 @@ def test_it_multiplies_on_the_tensor_cores_and_does_not_serialise(built: dict[st
     assert set(built[name]) == matrix(name) | BESIDE[CASES[name].config["FORM"]] | shares
     for kernel in matrix(name):
         found = built[name][kernel]
-        assert found["hgmma"] >= 12 and found["ptxas"] == 0 and found["warnings"] == [], (kernel, found)
+        assert found["hgmma"] >= 12 and found["warnings"] == [], (kernel, found)
         assert not found["serialised"] and 0 < found["shared"] <= 232448 - 1024, (kernel, found)
 
 
