@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import flash_sink_attn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -179,3 +183,12 @@ def test_reading_a_run_needs_no_kernel_and_no_gpu_module() -> None:
         }
         imported |= {(node.module or "").split(".")[0] for node in ast.walk(source) if isinstance(node, ast.ImportFrom)}
         assert not imported & {"torch", "triton"}, name
+
+
+def test_importing_the_package_or_a_worker_brings_no_compiler_of_graphs() -> None:
+    """torch._dynamo takes two seconds to import: what needs it is imported when it is used."""
+    code = "import sys, flash_sink_attn, sweeps.worker, sweeps.compile_pool; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n", done.stderr
+    assert {"replace_gpt_oss_with_flash_sink_attn", "restore_gpt_oss_attention"} <= set(flash_sink_attn.__all__)
+    assert callable(flash_sink_attn.restore_gpt_oss_attention)
