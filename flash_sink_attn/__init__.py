@@ -30,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What is for Transformers' models, imported with its first use: it brings torch._dynamo, which takes two seconds."""
+    """What is for Transformers' models: imported when it is used, since it brings torch._dynamo, two seconds' worth."""
     if name not in ("replace_gpt_oss_with_flash_sink_attn", "restore_gpt_oss_attention"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from flash_sink_attn import gpt_oss

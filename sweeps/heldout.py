@@ -154,7 +154,7 @@ def leave_one_out(run_dirs: Sequence[Path], table: Path | None = None) -> list[P
         table: as in :func:`heldout`.
 
     Raises:
-        As :func:`heldout`; ValueError: the runs are of different cards.
+        As :func:`heldout`; ValueError: the runs are of different cards, or their times mean different things.
     """
     measured, gpu, arch = _measured(run_dirs)
     tables = _Tables(gpu, arch, table)
@@ -168,6 +168,9 @@ def _measured(run_dirs: Sequence[Path]) -> tuple[list[tuple[Case, Times]], str, 
     cards = sorted({env["gpu"] for env in envs.values()})
     if len(cards) != 1:
         raise ValueError(f"runs: expected runs on one card, got {', '.join(cards) or 'none'}")
+    modes = sorted({str(env.get("timing_mode")) for env in envs.values()})
+    if len(modes) != 1:
+        raise ValueError(f"runs: expected times of one timing mode, got {', '.join(modes)}")
     found: dict[str, tuple[Case, Times]] = {}
     for run_dir in sorted(envs, key=lambda run: str(envs[run].get("started") or ""), reverse=True):
         for result in select_run(run_dir).on(cards[0]).results:

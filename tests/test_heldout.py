@@ -135,6 +135,10 @@ def test_leave_one_out_of_several_runs_takes_the_newest_time(tmp_path: Path) -> 
     other = synthetic.write_run(tmp_path / "other", forward_rows(3500, a=0.8), env=elsewhere)
     with pytest.raises(ValueError, match="expected runs on one card"):
         leave_one_out([old, other], table)
+    otherwise = synthetic.ENV | {"timing_mode": "another"}
+    timed = synthetic.write_run(tmp_path / "timed", forward_rows(3500, a=0.8), env=otherwise)
+    with pytest.raises(ValueError, match="one timing mode, got another, cold-l2-spin-1"):
+        leave_one_out([old, timed], table)
 
 
 def test_the_default_row_is_what_the_ladder_chooses(tmp_path: Path) -> None:
