@@ -105,5 +105,7 @@ def board_markdown(board: Board) -> str:
         rows.append([shape_label(r), *cells, times(r.speedup(r.best_peer)), tile])
     head = [board.pass_, *impls, *(["ours, same bits"] if backward else []), "best peer / ours", "our config"]
     table = markdown(head, rows)
-    return (f"{summary_line(board)} Device time in ms, cold L2; the fastest that applies the sink is bold."
+    met = sum(bool(r.duels) for r in board.results)
+    duels = f" In {met} rows the fastest peers' times are by their ratio to ours in the same moments." if met else ""
+    return (f"{summary_line(board)} Device time in ms, cold L2; the fastest that applies the sink is bold.{duels}"
             f"\n\n{table}{NO_SINK if marked else ''}")

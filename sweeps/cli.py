@@ -37,6 +37,7 @@ from sweeps.console import (
 )
 from sweeps.devices import find_card
 from sweeps.doctor import diagnose
+from sweeps.duels import duels_round
 from sweeps.environment import environment
 from sweeps.export import export as export_run
 from sweeps.export import exported_line
@@ -177,9 +178,9 @@ def run(
         for line in _predicted(spec, plan, env if on_card and not refusal else {}):
             console.print(escape(line), highlight=False, soft_wrap=True)
         return
-    search = _search(plan, budget, strategy, env) if budget is not None and on_card else None
     gpu = gpu_slug(env["gpu"]) if on_card else f"compiled-{gpu_slug(spec.device.name or f'sm{arch}')}"
     run_dir = resume or out or new_run_dir(RESULTS, gpu, spec.name)
+    search = _search(plan, budget, strategy, env, run_dir) if budget is not None and on_card else None
     again = _command(run_dir, only, any_gpu, compile_only)
     if search and budget is not None:
         again += f" --budget {budget:g} --strategy {strategy}"
@@ -405,11 +406,16 @@ def _announce(console: Console, spec: SweepSpec, plan: Plan, env: dict[str, Any]
     )
 
 
-def _search(plan: Plan, minutes: float, strategy: str, env: dict[str, Any]) -> Search:
+def _last_phases(plan: Plan, run_dir: Path) -> list[Phase]:
+    """What is timed again, in the same moments: candidates of ours, then the winners and the fastest peers."""
+    return [functools.partial(finals_round, plan=plan), functools.partial(duels_round, plan=plan, run_dir=run_dir)]
+
+
+def _search(plan: Plan, minutes: float, strategy: str, env: dict[str, Any], run_dir: Path) -> Search:
     """The phases of a run under a budget."""
-    held = functools.partial(finals_round, plan=plan)
+    last = [plan.second_round, *_last_phases(plan, run_dir)]
     try:
-        return Search(plan, minutes, strategy, find_card(env["gpu"], env["sm_count"]), [plan.second_round, held])
+        return Search(plan, minutes, strategy, find_card(env["gpu"], env["sm_count"]), last)
     except ValueError as error:
         _fail(BAD_CONFIG, f"--{error}")
 
@@ -439,8 +445,8 @@ def _run_trials(
     again: str,
     search: Search | None = None,
 ) -> RunSummary:
-    held = functools.partial(finals_round, plan=plan)
-    phases: list[Phase] = [plan.built_ahead] if compile_only else [plan.opening, plan.second_round, held]
+    phases: list[Phase] = [plan.built_ahead] if compile_only else [
+        plan.opening, plan.second_round, *_last_phases(plan, run_dir)]
     console.print(f"writing {escape(str(run_dir))}", highlight=False, soft_wrap=True)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

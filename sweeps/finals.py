@@ -37,7 +37,8 @@ from sweeps.sensors import Reading, summary
 from sweeps.spec import Finals, Timing
 from sweeps.walltime import wall_clock
 
-__all__ = ["Final", "FinalSampling", "FinalTiming", "final_sampling", "finals_round", "time_finalists"]
+__all__ = ["Final", "FinalSampling", "FinalTiming", "final_sampling", "finals_round", "time_finalists",
+           "trial_of"]
 
 _GROWTH = 1.5           # of the blocks from one look to the next
 _MAX_CHUNK = 30         # samples queued at a time
@@ -46,6 +47,7 @@ _COOLING_S = 0.1
 _LATE_SHARE = 0.5       # of blocks in which the host came late: more make the spin longer
 _WALL_WITHIN = 0.03     # a candidate whose wall time is below the fastest one's by more than this goes on as well
 _MIN_WALL_BLOCKS = MIN_PAIRS
+_DUEL_PRECISION = 0.005
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +57,20 @@ class Final:
     Attributes:
         case: the workload.
         entrants: the candidates, the fastest of the first pass first. A single one is there for its energy only.
+        against_peers: it is a duel (:mod:`sweeps.duels`): our winner comes first, peers follow, nobody drops out, and
+            nothing but their ratios is wanted.
     """
 
     case: Case
     entrants: tuple[Trial, ...]
+    against_peers: bool = False
 
     @property
     def id(self) -> str:
         """Stable: the case, and a hash of the entrants' trial ids, whose order plays no part."""
         names = "\n".join(sorted(entrant.id for entrant in self.entrants))
-        return f"{self.case.id}/final-{hashlib.sha256(names.encode()).hexdigest()[:10]}"
+        kind = "duel" if self.against_peers else "final"
+        return f"{self.case.id}/{kind}-{hashlib.sha256(names.encode()).hexdigest()[:10]}"
 
     @property
     def seed(self) -> int:
@@ -73,6 +79,9 @@ class Final:
 
     def sampling(self, base: FinalSampling) -> FinalSampling:
         """``base`` for this case: a part of a backward has no energy of its own, since nobody calls it alone."""
+        if self.against_peers:
+            return dataclasses.replace(base, race=False, precision=max(base.precision, _DUEL_PRECISION), wall_ms=0.0,
+                                       energy_ms=0.0)
         return dataclasses.replace(base, energy_ms=0.0) if self.case.pass_ in PARTS else base
 
 
@@ -117,11 +126,12 @@ def finals_round(rows: Iterable[Mapping[str, Any]], plan: Plan) -> list[Final]:
         entrants = _entrants(list(timed.get(case.id, {}).values()), settings)
         wants_energy = settings.energy_ms > 0 and case.pass_ not in PARTS and found[-1]["gpu"] != "cpu"
         if len(entrants) > 1 or (entrants and wants_energy):
-            finals.append(Final(case, tuple(_trial(case, row) for row in entrants)))
+            finals.append(Final(case, tuple(trial_of(case, row) for row in entrants)))
     return finals
 
 
-def _trial(case: Case, row: Mapping[str, Any]) -> Trial:
+def trial_of(case: Case, row: Mapping[str, Any]) -> Trial:
+    """The trial that made a row."""
     return Trial(case, row["impl"], row["config"], row.get("options") or {}, is_default=bool(row.get("is_default")))
 
 

@@ -94,7 +94,7 @@ class PendingFinal:
         found = outcome.get("entrants") or [lost] * len(self.entrants)
         return {"key": self.key, "final": self.id, "case": self.final.case.id,
                 "case_fields": self.final.case.to_dict(), "gpu": env["gpu"], "environment": fingerprint(env),
-                **outcome, "entrants": [
+                "against_peers": self.final.against_peers, **outcome, "entrants": [
                     {"trial": p.id, "key": p.key, "impl": p.trial.impl, "options": dict(p.trial.options),
                      "config": dict(p.trial.config), "is_default": p.trial.is_default, **own}
                     for p, own in zip(self.entrants, found, strict=True)]}
@@ -119,7 +119,7 @@ class Catalogue:
     def pending_final(self, final: Final) -> PendingFinal:
         """Its key follows from its entrants' keys, so it holds what theirs hold."""
         entrants = [self.pending(trial) for trial in final.entrants]
-        text = json.dumps(["final", final.case.id, sorted(p.key for p in entrants)])
+        text = json.dumps(["duel" if final.against_peers else "final", final.case.id, sorted(p.key for p in entrants)])
         return PendingFinal(final, entrants, hashlib.sha256(text.encode()).hexdigest()[:16])
 
     def get(self, p: PendingTrial) -> tuple[Implementation, dict[str, str]] | str:

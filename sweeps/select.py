@@ -22,9 +22,10 @@ from sweeps.measured import (
     interval,
     tile_columns,
 )
+from sweeps.paired import Ratio
 from sweeps.registry import PEERS, is_peer, peer_of
 from sweeps.store import read_finals, read_rows
-from sweeps.verdict import Contest, Neighbour, Verdict, family, find_contest, key_of, wrong_in_final
+from sweeps.verdict import Contest, Neighbour, Verdict, family, find_contest, in_duel, key_of, wrong_in_final
 
 __all__ = ["BACKWARD_KERNELS", "NOT_RUN", "TILE_COLUMNS", "TILE_DEFAULTS", "CaseResult", "Measured", "Row", "Selection",
            "best_row", "config_json", "config_label", "interval", "peer_order", "select", "select_run", "tile_columns",
@@ -60,6 +61,8 @@ class CaseResult:
         eager, flash, default: the rivals of the speedup columns: eager; the fastest FlashAttention or cuDNN row whose
             result contains the sink; our untuned heuristic. None where the run has none.
         verdict: how the final came out, None where the first pass decided.
+        duels: of the peers that were timed in the same moments as the winner, by name: time over the winner's, with its
+            interval. Their times in ``peers`` are by these.
     """
 
     gpu: str
@@ -74,6 +77,7 @@ class CaseResult:
     flash: Measured | None
     default: Measured | None
     verdict: Verdict | None = None
+    duels: Mapping[str, Ratio] = dataclasses.field(default_factory=dict)
 
     @property
     def best(self) -> Measured | None:
@@ -179,6 +183,7 @@ def select(rows: Iterable[Mapping[str, Any]], finals: Iterable[Record] = ()) -> 
     contests = [find_contest(result.ranked, records.get(key, ())) for key, result in zip(groups, first, strict=True)]
     results = tuple(result if contest is None else _after_final(result, contest, _neighbours(result, first))
                     for result, contest in zip(first, contests, strict=True))
+    results = tuple(_after_duels(result, records.get(key, ())) for key, result in zip(groups, results, strict=True))
     for result in results:
         _fill_speedups(result)
     return Selection(results, tuple(filled))
@@ -224,6 +229,20 @@ def _after_final(result: CaseResult, contest: Contest, neighbours: Sequence[Neig
                                verdict=verdict)
 
 
+def _after_duels(result: CaseResult, records: Iterable[Record]) -> CaseResult:
+    found = {} if result.best is None else in_duel(result.best, result.peers, records)
+    if not found:
+        return result
+    timed = [found[name][0] if name in found else peer for name, peer in result.peers.items()]
+    peers = {m.impl: m for m in sorted(timed, key=lambda m: (m.latency_ms, m.impl))}
+    return dataclasses.replace(result, peers=peers, duels={name: against for name, (_, against) in found.items()},
+                               eager=peers.get("eager"), flash=_flash(peers))
+
+
+def _flash(peers: Mapping[str, Measured]) -> Measured | None:
+    return next((m for m in peers.values() if m.row.get("is_flash") and m.row.get("applies_sink")), None)
+
+
 def _case_result(rows: list[Row], wrong: Collection[str]) -> CaseResult:
     """What the first pass says; ``wrong``: keys of rows that are out since then."""
     timed = [r for r in rows if r["status"] == "ok" and r.get("latency_ms") is not None
@@ -246,7 +265,7 @@ def _case_result(rows: list[Row], wrong: Collection[str]) -> CaseResult:
         peers=peers,
         peer_failures={r["impl"]: r["status"] for r in rows if is_peer(r["impl"]) and r["impl"] not in peers},
         eager=peers.get("eager"),
-        flash=next((m for m in peers.values() if m.row.get("is_flash") and m.row.get("applies_sink")), None),
+        flash=_flash(peers),
         default=None if default is None else Measured.of(default, _resolved(default, rows)),
     )
 
@@ -330,6 +349,10 @@ def best_row(result: CaseResult, peers: Iterable[str] = ()) -> Row:
         if name != "eager":
             row[f"{name}_ms"] = rival.latency_ms if rival else None
         row[f"speedup_vs_{name}"] = result.speedup(rival)
+    against = result.duels.get(result.best_peer.impl) if result.best_peer else None
+    row |= {"best_peer_source": None if result.best_peer is None else "duel" if against else "first pass",
+            "best_peer_ratio_low": against.low if against else None,
+            "best_peer_ratio_high": against.high if against else None}
     row |= {f"{peer}_ms": result.peers[peer].latency_ms if peer in result.peers else None for peer in names}
     row["peers_without_sink"] = " ".join(p for p, m in result.peers.items() if not m.row.get("applies_sink"))
     row["peers_failed"] = json.dumps(dict(result.peer_failures)) if result.peer_failures else None

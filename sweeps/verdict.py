@@ -108,13 +108,51 @@ def find_contest(ranked: Sequence[Measured], records: Iterable[Mapping[str, Any]
     found = None
     for record in records:
         entrants = record.get("entrants") or []
-        if record.get("status") != "ok" or not ranked or ranked[0].row.get("key") not in {e.get("key") for e in
-                                                                                          entrants}:
+        leader = ranked[0].row.get("key") if ranked else None
+        if (record.get("against_peers") or record.get("status") != "ok" or not ranked
+                or leader not in {e.get("key") for e in entrants}):
             continue
         ran = [e for e in entrants if e.get("status") == "ok" and e.get("samples_ms") and e.get("key") in by_row]
         if ran:
             found = Contest(tuple(by_row[e["key"]] for e in ran), tuple(ran), record)
     return found
+
+
+def in_duel(
+    best: Measured, peers: Mapping[str, Measured], records: Iterable[Mapping[str, Any]]
+) -> dict[str, tuple[Measured, Ratio]]:
+    """The peers that were timed against the winner (:mod:`sweeps.duels`), by name, each with its time over his.
+
+    A peer's time is that ratio times the winner's time, so that the two stand to each other as they did in the duel.
+
+    Args:
+        best: the winner, with the time that counts.
+        peers: as the first pass has them.
+        records: of the case's finals and duels, oldest first; the last duel with the winner counts.
+    """
+    found: dict[str, tuple[Measured, Ratio]] = {}
+    for record in records:
+        ran = {str(e["key"]): e for e in record.get("entrants") or []
+               if e.get("status") == "ok" and e.get("samples_ms") and e.get("key")}
+        ours = ran.get(str(best.row.get("key")))
+        if not record.get("against_peers") or record.get("status") != "ok" or ours is None:
+            continue
+        scale = best.latency_ms / ours["latency_ms"]
+        for name, peer in peers.items():
+            own = ran.get(str(peer.row.get("key")))
+            if own is not None:
+                found[name] = _in_duel(peer, own, scale, ratio(ours["samples_ms"], own["samples_ms"]), best)
+    return found
+
+
+def _in_duel(peer: Measured, own: Mapping[str, Any], scale: float, against: Ratio,
+             best: Measured) -> tuple[Measured, Ratio]:
+    ms = best.latency_ms * against.ratio
+    row: Row = peer.row | {"first_pass_ms": peer.latency_ms, "latency_ms": ms,
+                           "samples_ms": [sample * scale for sample in own["samples_ms"]],
+                           "samples": len(own["samples_ms"])}
+    row |= {name: row[name] * peer.latency_ms / ms for name in ("tflops", "pct_peak", "gb_per_s") if row.get(name)}
+    return Measured.of(row, peer.config), against
 
 
 def wrong_in_final(records: Iterable[Mapping[str, Any]]) -> set[str]:

@@ -33,6 +33,7 @@ SWEEPS = (
     ("measured",),
     ("verdict",),
     ("select",),
+    ("duels",),
     ("repeat",),
     ("repeat_runs",),
     ("tables", "sittings"),
