@@ -45,7 +45,7 @@ def awkward(count: int, seed: int, longest: int) -> list[Any]:
     return cases
 
 
-@pytest.mark.parametrize(("shape", "window", "config"), awkward(40, seed=1, longest=75))
+@pytest.mark.parametrize(("shape", "window", "config"), awkward(28, seed=1, longest=75))
 def test_awkward_shapes(shape: dict[str, Any], window: int | None, config: Any) -> None:
     assert_right(make_inputs(**shape, device=DEVICE), window=window, config=config)
 
@@ -65,8 +65,9 @@ def test_every_block_combination(block_m: int, block_n: int) -> None:
         assert reason is None or {block_m, block_n} == {256}, reason
         if reason:
             pytest.skip(reason)
-    x = make_inputs(batch=1, seqlen_q=150, heads_q=2, heads_kv=1, head_dim=16, dtype=torch.bfloat16, device=DEVICE)
-    assert_right(x, window=70, config=config)
+    length = 150 if max(block_m, block_n) > 32 else 75  # more than two of the tiles, few enough for the interpreter
+    x = make_inputs(batch=1, seqlen_q=length, heads_q=2, heads_kv=1, head_dim=16, dtype=torch.bfloat16, device=DEVICE)
+    assert_right(x, window=length // 2 - 5, config=config)
     assert_right(x, config=config)
 
 
@@ -121,7 +122,7 @@ def test_softmax_scale(scale: float) -> None:
 @pytest.mark.parametrize(("pack", "tma", "split"), [
     (False, False, True), (True, False, True), (False, True, True), (True, True, False)])
 @pytest.mark.parametrize(("seqlens", "seqlens_k"), [
-    ([5, 0, 33, 1], None), ([0, 0, 7], None), ([20, 3, 0, 9], [31, 3, 4, 0]), ([64, 64], None)])
+    ([5, 0, 33, 1], None), ([0, 0, 7], None), ([20, 3, 0, 9], [31, 3, 4, 0]), ([32, 32], None)])
 def test_varlen(seqlens: list[int], seqlens_k: list[int] | None, pack: bool, tma: bool, split: bool) -> None:
     x = make_inputs(heads_q=4, heads_kv=2, head_dim=16, dtype=torch.bfloat16, device=DEVICE, seqlens=seqlens,
                     seqlens_k=seqlens_k)
@@ -146,7 +147,7 @@ def test_packed_sequences_do_not_see_each_other(window: int | None, tma: bool) -
             assert torch.equal(found[name][rows], clean[name][rows]), name
 
 
-@pytest.mark.parametrize("seqlens", [[1, 0, 2] + [1] * 125 + [20, 3], [0] * 258 + [20] + [0] * 4 + [3]])
+@pytest.mark.parametrize("seqlens", [[1, 0, 2] + [1] * 60 + [0] * 65 + [20, 3], [0] * 129 + [20] + [0] * 4 + [3]])
 def test_more_sequences_than_one_chunk_of_the_search(seqlens: list[int]) -> None:
     x = make_inputs(heads_q=1, heads_kv=1, head_dim=16, dtype=torch.bfloat16, device=DEVICE, seqlens=seqlens)
     assert_right(x, config=tiles(16, 16))
