@@ -187,7 +187,7 @@ def test_the_options_reach_the_runner(monkeypatch: pytest.MonkeyPatch, tiny: Pat
     assert result.exit_code == 0
     assert (seen["limit_minutes"], seen["retry"], seen["compile_only"]) == (1.5, ("crashed",), False)
     assert seen["spec"].seed == 9 and seen["run_dir"] == tmp_path / "out" == seen["reported"]
-    assert [[t.impl for t in trials] for trials in seen["trials"]] == [["eager"], [], []]
+    assert [[t.impl for t in trials] for trials in seen["trials"]] == [["eager"], [], [], []]  # and finals, and duels
     assert "2 ok, 1 timeout; 3 new in 5 s, device busy 50%" in result.output
 
 

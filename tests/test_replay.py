@@ -50,6 +50,9 @@ def step(call: dict[str, Any], seed: int, requires: str = "qkvs", varlen: bool =
     return {name: x for name, x in given.items() if x is not None}
 
 
+_ADDRESS = 1 << 24  # above every length and stride here, and below what the smallest heap begins at
+
+
 def in_plain(x: Any, own: dict[int, str]) -> Any:
     """An argument of a launch as something to compare: a tensor of the call by its name, any other by its being one."""
     if isinstance(x, torch.Tensor):
@@ -57,7 +60,7 @@ def in_plain(x: Any, own: dict[int, str]) -> Any:
     if is_descriptor(x):
         return in_plain(x.base if isinstance(x.base, torch.Tensor) else x.base.data_ptr(), own), x.shape, x.strides, \
             x.block_shape
-    if isinstance(x, int) and not isinstance(x, bool) and x > 2**32:
+    if isinstance(x, int) and not isinstance(x, bool) and x > _ADDRESS:
         return own.get(x, "made by the call")
     return x
 
