@@ -41,8 +41,9 @@ def duels_round(rows: Iterable[Mapping[str, Any]], plan: Plan, run_dir: Path) ->
     if settings.enabled is False or not found or (settings.enabled is None and found[-1]["gpu"] == "cpu"):
         return []
     here = found[-1]["environment"]
-    selection = select([row for row in found if row["environment"] == here],
-                       [record for record in read_finals(run_dir) if record["environment"] == here])
+    # without duels that were held before: a run that goes on would find other peers near the fastest, and meet them too
+    finals = [r for r in read_finals(run_dir) if r["environment"] == here and not r.get("against_peers")]
+    selection = select([row for row in found if row["environment"] == here], finals)
     planned = {trial.case.id for trial in plan.first} | {t.case.id for whole in plan.wholes for t in whole}
     duels = [_duel(result) for result in selection.results
              if result.case.id in planned and result.case.pass_ in WHOLE_PASSES]

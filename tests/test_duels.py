@@ -45,6 +45,14 @@ def test_the_winner_meets_the_fastest_peers_that_are_close(tmp_path: Path) -> No
     assert duel.entrants[0].config == B
 
 
+def test_a_run_that_goes_on_meets_the_same_peers(tmp_path: Path) -> None:
+    rows = [logged(FWD, config=A, ms=1.0), logged(FWD, "fa3", ms=0.9, is_flash=True), logged(FWD, "fa4", ms=1.0)]
+    (duel,) = met(rows, tmp_path)
+    assert [t.impl for t in duel.entrants] == ["triton", "fa3"]
+    held = fought([("triton", A, 1.0), ("fa3", {}, 1.05)])  # fa4's first pass is near that
+    assert [again.id for again in met(rows, tmp_path, [held])] == [duel.id]
+
+
 @pytest.mark.parametrize(("peer_ms", "held"), [(1.29, True), (1.31, False), (0.78, True), (0.76, False)])
 def test_drift_turns_nobody_who_is_far(tmp_path: Path, peer_ms: float, held: bool) -> None:
     rows = [logged(FWD, config=A, ms=1.00), logged(FWD, "fa3", ms=peer_ms)]
