@@ -1,4 +1,4 @@
-"""Kinds of shapes between which the best configuration of a Hopper kernel changes at once and not by degrees.
+"""Kinds of shapes between which the best configuration of a kernel changes at once and not by degrees.
 
 The distance of :mod:`flash_sink_attn.nearest` measures degrees. Where a configuration means something else for another
 shape (a form that the shape cannot slide in, heads that no longer fit the ring), or a shape needs something else (a

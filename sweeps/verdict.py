@@ -121,7 +121,7 @@ def find_contest(ranked: Sequence[Measured], records: Iterable[Mapping[str, Any]
 def in_duel(
     best: Measured, peers: Mapping[str, Measured], records: Iterable[Mapping[str, Any]]
 ) -> dict[str, tuple[Measured, Ratio]]:
-    """The peers that were timed against the winner (:mod:`sweeps.duels`), by name, each with its time over his.
+    """The peers that were timed against the winner (:mod:`sweeps.duels`), by name, each with its ratio.
 
     A peer's time is that ratio times the winner's time, so that the two stand to each other as they did in the duel.
 

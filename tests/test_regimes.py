@@ -1,4 +1,4 @@
-"""Kinds of shapes between which entries of the Hopper kernels are not lent, and the dispatcher's use of them."""
+"""Kinds of shapes between which entries are not lent, and the dispatcher's use of them."""
 
 from __future__ import annotations
 
