@@ -107,16 +107,16 @@ def standing(samples: Sequence[Sequence[float]], tie_margin: float) -> Standing:
         samples: per contestant, block by block. One that dropped out as slower has fewer than the others.
         tie_margin: a rival whose whole interval lies within 1 +- this is as good as the best.
 
-    A rival is slower when its interval lies above 1 and not within the margin, or when it dropped out; with fewer than
-    ``MIN_PAIRS`` blocks nobody is known to be slower.
+    A rival is slower when its whole interval lies above 1 + margin, or when it dropped out; with fewer than
+    ``MIN_PAIRS`` blocks nobody is known to be slower. An interval that just leaves 1 out is not enough: by how much it
+    does changes from process to process, with where the tensors lie.
     """
     blocks = max(map(len, samples))
     running = [i for i, own in enumerate(samples) if len(own) == blocks]
     best = _fastest(samples, running)
     ratios = tuple(Ratio(1.0, 1.0, 1.0) if i == best else ratio(samples[best], own) for i, own in enumerate(samples))
     enough = blocks >= MIN_PAIRS
-    tied = [i for i in running if i != best
-            and (not enough or ratios[i].low <= 1 or ratios[i].within(tie_margin))]
+    tied = [i for i in running if i != best and (not enough or ratios[i].low <= 1 + tie_margin)]
     undecided = [ratios[i].half_width for i in tied if not (enough and ratios[i].within(tie_margin))]
     return Standing(best, ratios, (best, *sorted(tied, key=lambda i: (ratios[i].ratio, i))), not undecided,
                     max(undecided, default=0.0))

@@ -107,6 +107,12 @@ def test_a_difference_too_small_to_matter_is_a_tie_even_where_it_is_known() -> N
         QUICK, tie_margin=0.0), seed=0).stop_reason == "winner"
 
 
+def test_a_difference_within_the_margin_is_seldom_a_winner_however_often_one_looks() -> None:
+    timings = [time_finalists(Simulated(noise=0.004, seed=seed), calls(0.1, 0.1002), QUICK, seed) for seed in range(60)]
+    assert sum(t.stop_reason == "winner" for t in timings) <= 3
+    assert {t.stop_reason for t in timings} >= {"precision"}
+
+
 @pytest.mark.parametrize("drift", [lambda n: 1 + 0.002 * n, lambda n: 1.3 if n % 97 > 40 else 1.0,
                                    lambda n: 1 + 0.1 * math.sin(n / 20)])
 def test_what_drifts_for_all_of_them_does_not_matter(drift: Callable[[int], float]) -> None:
