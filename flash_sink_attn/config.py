@@ -139,7 +139,10 @@ class HopperFwdConfig(_Config):
         SHARE_Q: the output leaves through q's shared memory instead of its own.
         PROGRAMS_PER_SM: 0 for one program per tile, else a persistent grid of that many programs per multiprocessor.
         maxnreg: registers per thread of the program as a whole, which the warpgroups divide anew; None for what fills
-            a multiprocessor with one program (two with BLOCK_M 64).
+            a multiprocessor with one program (two with BLOCK_M 64, three without LOADER).
+        LOADER: whether a warp beside the warpgroups loads. Without one a tile's one warpgroup, of BLOCK_M and BLOCK_N
+            64, loads for itself into one slot of K and two of V, and half the threads are left for more programs; head
+            dims 64 and 128 only.
     """
 
     BLOCK_M: int
@@ -152,27 +155,30 @@ class HopperFwdConfig(_Config):
     SHARE_Q: bool = False
     PROGRAMS_PER_SM: int = 0
     maxnreg: int | None = None
+    LOADER: bool = True
 
     @property
     def warpgroups(self) -> int:
-        """Warpgroups that compute; one more holds the warp that loads."""
+        """Warpgroups that compute; with LOADER one more holds the warp that loads."""
         return self.BLOCK_M // 64
 
     @property
     def registers_per_thread(self) -> int:
         """What the program is compiled for, and its warpgroups divide: all that fit, where ``maxnreg`` does not say."""
-        return self.maxnreg or {1: 128, 2: 168, 3: 128, 4: 96}[self.warpgroups]
+        return self.maxnreg or ({1: 128, 2: 168, 3: 128, 4: 96}[self.warpgroups] if self.LOADER else 168)
 
     @property
     def warpgroup_registers(self) -> int:
         """Of each warpgroup that computes, once the loader's has given up all but HOPPER_LOADER_REGISTERS."""
+        if not self.LOADER:
+            return self.registers_per_thread
         shared = self.registers_per_thread * (self.warpgroups + 1) - HOPPER_LOADER_REGISTERS
         return shared // self.warpgroups // 8 * 8
 
     @property
     def num_warps(self) -> int:
         """Four per warpgroup, the loader's included."""
-        return 4 * (self.warpgroups + 1)
+        return 4 * (self.warpgroups + self.LOADER)
 
 
 class HopperBwdForm(enum.IntEnum):
@@ -451,6 +457,13 @@ def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
                     f"{c.PACK_HEADS} * {c.HEADS}")
         if (shape.head_dim, shape.head_dim_v) != (64, 64):
             return f"PACK_HEADS needs head dim 64, got {shape.head_dim} and {shape.head_dim_v}"
+    if not c.LOADER:
+        given = (c.BLOCK_M, c.BLOCK_N, c.num_stages, c.Q_STAGES, c.HEADS, c.SHARE_Q)
+        if given != (64, 64, 2, 1, 0, False):
+            return ("without LOADER, BLOCK_M, BLOCK_N, num_stages, Q_STAGES, HEADS and SHARE_Q must be 64, 64, 2, 1, 0 "
+                    f"and False, got {', '.join(map(str, given))}")
+        if (shape.head_dim, shape.head_dim_v) not in ((64, 64), (128, 128)):
+            return f"without LOADER, head dims must be 64 or 128, got {shape.head_dim} and {shape.head_dim_v}"
     if (reason := _hopper_reject_reason(c, shape)) is not None:
         return reason
     first, second = split_head_dim(shape.head_dim)
@@ -464,10 +477,12 @@ def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
         return f"a matrix instruction needs {single} registers per thread, {c.registers_per_thread} are available"
     # fp32 accumulators of S and O, and two tiles of P in half precision, one being read, one being made
     needed, available = (dv + c.BLOCK_N) // 2 + c.BLOCK_N // 4, c.warpgroup_registers
-    if needed + 16 > available:
+    # and the rest: without LOADER also where the next blocks lie. With 96 of 128 the assembler serialises the products
+    if needed + (16 if c.LOADER else 48) > available:
         return f"accumulators need {needed} registers per thread, {available} are available"
-    shared = 2 * (c.BLOCK_M * (c.Q_STAGES * (first + second) + (0 if c.SHARE_Q else dv))
-                  + c.num_stages * c.BLOCK_N * (first + second + dv)) + HOPPER_OTHER_SHARED
+    shared = 2 * (c.BLOCK_M * (c.Q_STAGES * (first + second) + (0 if c.SHARE_Q or not c.LOADER else dv))
+                  + c.BLOCK_N * ((c.num_stages - (not c.LOADER)) * (first + second) + c.num_stages * dv)
+                  ) + HOPPER_OTHER_SHARED
     if shared > shape.limits.shared_bytes:
         return f"tiles need {shared} bytes of shared memory, the GPU has {shape.limits.shared_bytes}"
     return None

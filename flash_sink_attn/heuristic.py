@@ -19,9 +19,11 @@ from flash_sink_attn.config import (
     split_head_dim,
 )
 from flash_sink_attn.regimes import (
+    few_rows,
     few_tiles,
     fits_ring,
     idles,
+    loads_itself,
     many_keys,
     packs_alone,
     recomputes,
@@ -48,6 +50,8 @@ _HOPPER_FWD_SMALL_DIM = (HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1),)
 _HOPPER_FWD_SMALL_DIM_FEW_KEYS = (HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1),)
 _HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2),
                       HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2))
+_HOPPER_FWD_ALONE = (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False),)
+_HOPPER_FWD_FEW_ROWS = (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2),)
 # With a second tile of q of 192 columns two programs no longer fit a multiprocessor: 0.137 ms, without 0.107.
 _HOPPER_FWD_WINDOW_LARGE_DIM = (HopperFwdConfig(64, 64, SHARE_Q=True, PROGRAMS_PER_SM=2),)
 # Those that take several heads need a ring that holds all keys of 64 tokens; two stages are for windows beyond.
@@ -157,7 +161,11 @@ def _portable(kernel: Kernel, key: ShapeKey, limits: Limits) -> TileConfig:
 def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
     small = small_dims(key)
     special: tuple[HopperFwdConfig, ...]
-    if short_window(key):
+    if loads_itself(key):
+        special = _HOPPER_FWD_ALONE
+    elif few_rows(key):
+        special = _HOPPER_FWD_FEW_ROWS
+    elif short_window(key):
         special = _HOPPER_FWD_WINDOW_SMALL_DIM if small else (
             _HOPPER_FWD_WINDOW_LARGE_DIM if key.head_dim > 128 else _HOPPER_FWD_WINDOW)
         if packs_alone(key):  # one head instead of two makes twice as many programs

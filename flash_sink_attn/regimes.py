@@ -35,6 +35,7 @@ _MANY_KEYS = 2048
 # more than the first operand in registers, of which three run on a multiprocessor and without it five. With 432, 504,
 # 576 and 672 tiles that took 0.97, 0.95, 0.95 and 0.92 of the time, with 288 and 336 1.03 and 1.02, with 864 1.11.
 _MORE_AT_ONCE = (3 * PROGRAMS_AT_ONCE, 5.5 * PROGRAMS_AT_ONCE)
+_FEW_ROW_TILES = 3.5  # of 64 rows for each multiprocessor, see few_rows
 
 
 def small_dims(key: ShapeKey) -> bool:
@@ -79,8 +80,29 @@ def idles(config: HopperFwdConfig, key: ShapeKey) -> bool:
 def wants_more_at_once(key: ShapeKey) -> bool:
     """Whether the portable forward is better off with more programs at once than with its operand in registers."""
     least, most = _MORE_AT_ONCE
-    tiles = key.batch * key.heads_q * -(-key.seqlen_q // 64)
-    return small_dims(key) and not short_window(key) and least < tiles <= most
+    return small_dims(key) and not short_window(key) and least < _row_tiles(key) <= most
+
+
+def loads_itself(key: ShapeKey) -> bool:
+    """Whether the forward at head dim 128 is faster with three programs that load for themselves than with two that
+    have a loader, or with larger tiles.
+
+    On an H200, of the next best: under windows of 128 and 256 with 28/4 heads 0.90 to 0.98 of the time, but 1.02 with
+    448 tiles of 64 rows and a window of 128; causal 0.96 to 1.00 with 512 to 1024 tiles, 1.05 and 1.11 with 224 and
+    448, 1.01 with 2048. Of a packed batch, whose places it has to find for itself, 1.07.
+    """
+    tiles = _row_tiles(key)
+    if (key.head_dim, key.head_dim_v) != (128, 128) or key.varlen:
+        return False
+    return tiles > 3 * PROGRAMS_AT_ONCE if short_window(key) else (
+        _FEW_ROW_TILES * PROGRAMS_AT_ONCE < tiles <= 8.5 * PROGRAMS_AT_ONCE)
+
+
+def few_rows(key: ShapeKey) -> bool:
+    """Whether a forward at head dim 128, with no window or a long one, has so few tiles that small ones are better: of
+    64 rows they took 0.85 and 0.93 of the time of 128 rows with 224 and 448 of them."""
+    return ((key.head_dim, key.head_dim_v) == (128, 128) and not short_window(key)
+            and _row_tiles(key) <= _FEW_ROW_TILES * PROGRAMS_AT_ONCE)
 
 
 def slides(key: ShapeKey) -> bool:
@@ -169,6 +191,11 @@ def _lends_backward(config: HopperBwdConfig, measured: ShapeKey, key: ShapeKey, 
     if key.window is None and recomputes(key):
         return config.FORM == HopperBwdForm.RECOMPUTE and (config.SPLIT_GROUP > 1 or not _can_share(key))
     return key.window is not None or not _can_share(key) or (config.SPLIT_GROUP > 1) == shares_group(key)
+
+
+def _row_tiles(key: ShapeKey) -> int:
+    """Tiles of 64 rows, of all query heads."""
+    return key.batch * key.heads_q * -(-key.seqlen_q // 64)
 
 
 def _group(key: ShapeKey) -> int:

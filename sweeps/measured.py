@@ -20,7 +20,7 @@ TILE_DEFAULTS: dict[str, Any] = {
 # How a field that is not at its default is said; {} stands for its value.
 _SAID = {"PACK_GQA": "pack", "SPLIT_LOOPS": "oneloop", "maxnreg": "r{}", "TMA": "tma", "REGISTER_A": "rega",
          "Q_STAGES": "q{}", "HEADS": "h{}", "PACK_HEADS": "pack{}", "SHARE_Q": "shareq", "PROGRAMS_PER_SM": "p{}",
-         "FORM": "form{}", "BUFFERS": "b{}", "SPLIT_GROUP": "split{}", "DETERMINISTIC": "det"}
+         "LOADER": "alone", "FORM": "form{}", "BUFFERS": "b{}", "SPLIT_GROUP": "split{}", "DETERMINISTIC": "det"}
 
 Row = dict[str, Any]
 

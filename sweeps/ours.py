@@ -244,12 +244,13 @@ class Hopper(Ours):
             if case.window and case.window <= HOPPER_SLIDE_WINDOW and small and case.seqlen_q == case.seqlen_k:
                 tried += [HopperBwdConfig(64, 192, s, FORM=2, BUFFERS=b) for s, b in ((2, 3), (3, 2), (3, 3), (4, 2))]
             return [config.to_dict() for config in tried]
-        found = []
+        small = case.head_dim <= 64
+        found = [HopperFwdConfig(64, 64, PROGRAMS_PER_SM=4, maxnreg=128, LOADER=False) if small else
+                 HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False)]
         if case.window:
-            small = case.head_dim <= 64
             programs, registers = (3, 80) if small else (2, None)
-            found = [HopperFwdConfig(64, 64, stages, q_stages, heads, SHARE_Q=share, PROGRAMS_PER_SM=programs,
-                                     maxnreg=registers)
+            found += [HopperFwdConfig(64, 64, stages, q_stages, heads, SHARE_Q=share,
+                                      PROGRAMS_PER_SM=programs, maxnreg=registers)
                      for stages, q_stages in ((2, 1), (3, 2)) for heads in (0, 2, 4)
                      for share in ((False,) if small else (False, True))]
             found += [HopperFwdConfig(128, 64, 5, 2, 4, SHARE_Q=True, PROGRAMS_PER_SM=1)]

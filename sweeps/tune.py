@@ -37,13 +37,18 @@ _WINDOW: dict[str, Any] = {
 }
 _POWERS = (16, 32, 64, 128, 256)
 # The same for the Hopper kernels, by whether both head dims are at most 64.
+_ALONE: dict[bool, dict[str, Any]] = {
+    True: {"BLOCK_M": 64, "BLOCK_N": 64, "PROGRAMS_PER_SM": 4, "LOADER": False, "maxnreg": 128},
+    False: {"BLOCK_M": 64, "BLOCK_N": 64, "PROGRAMS_PER_SM": 3, "LOADER": False}}
 _HOPPER_CAUSAL: dict[bool, dict[str, Any]] = {
     True: {"hopper_fwd": [{"BLOCK_M": 192, "BLOCK_N": 128, "num_stages": 3, "PROGRAMS_PER_SM": [0, 1]},
-                          {"BLOCK_M": 256, "BLOCK_N": 64, "num_stages": 4, "PROGRAMS_PER_SM": 1}],
+                          {"BLOCK_M": 256, "BLOCK_N": 64, "num_stages": 4, "PROGRAMS_PER_SM": 1},
+                          _ALONE[True]],
            "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 3, "SPLIT_GROUP": [1, 2]},
                           {"BLOCK_M": 64, "BLOCK_N": 64, "FORM": 1}]},
     False: {"hopper_fwd": [{"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2, "PROGRAMS_PER_SM": [0, 1]},
-                           {"BLOCK_M": 128, "BLOCK_N": 64, "num_stages": 2, "SHARE_Q": True, "PROGRAMS_PER_SM": 1}],
+                           {"BLOCK_M": 128, "BLOCK_N": 64, "num_stages": 2, "SHARE_Q": True, "PROGRAMS_PER_SM": 1},
+                           {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 2, "PROGRAMS_PER_SM": 2}, _ALONE[False]],
             "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 2, "SPLIT_GROUP": [1, 2]},
                            {"BLOCK_M": 64, "BLOCK_N": 64, "FORM": 1}]},
 }
@@ -51,6 +56,7 @@ _HOPPER_WINDOW: dict[bool, dict[str, Any]] = {
     True: {"hopper_fwd": [{"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 3, "Q_STAGES": 2, "HEADS": [1, 2],
                            "PACK_HEADS": 4, "maxnreg": 80},
                           {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 2, "PROGRAMS_PER_SM": 3, "maxnreg": 80},
+                          _ALONE[True],
                           {"BLOCK_M": 256, "BLOCK_N": 64, "num_stages": 4, "PROGRAMS_PER_SM": 1}],
            "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 192, "num_stages": [3, 4], "FORM": 2},
                           {"BLOCK_M": 64, "BLOCK_N": 64, "FORM": 1},
@@ -59,7 +65,7 @@ _HOPPER_WINDOW: dict[bool, dict[str, Any]] = {
                             "SHARE_Q": _BOTH, "PROGRAMS_PER_SM": 2},
                            {"BLOCK_M": 128, "BLOCK_N": 64, "num_stages": 5, "Q_STAGES": 2, "HEADS": 4,
                             "SHARE_Q": True, "PROGRAMS_PER_SM": 1},
-                           {"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2, "PROGRAMS_PER_SM": 1}],
+                           {"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2, "PROGRAMS_PER_SM": 1}, _ALONE[False]],
             "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 64, "FORM": 1},
                            {"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 2}]},
 }

@@ -136,11 +136,13 @@ FAMILIES: dict[str, tuple[tuple[int, int, HopperFwdConfig], int | None]] = {
     "64-packed-pairs": ((64, 64, HopperFwdConfig(64, 64, 5, HEADS=1, PACK_HEADS=2, PROGRAMS_PER_SM=2)), 200),
     "64-window-two-heads": ((64, 64, HopperFwdConfig(64, 64, 3, HEADS=2)), 128),
     "64-window-tokens": ((64, 64, HopperFwdConfig(64, 64, 2, PROGRAMS_PER_SM=3, maxnreg=80)), 128),
+    "64-alone": ((64, 64, HopperFwdConfig(64, 64, PROGRAMS_PER_SM=4, maxnreg=128, LOADER=False)), 128),
     "64-narrow": ((64, 64, HopperFwdConfig(64, 32, 5, Q_STAGES=2, HEADS=3)), 37),
     "96": (ODD, None),
     "128": (CAUSAL_128, None),
     "128-window": (WINDOW_128, 256),
     "128-window-tokens": ((128, 128, HopperFwdConfig(64, 64, 2, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2)), 256),
+    "128-alone": ((128, 128, HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False)), 256),
     "192": (MIMO, 128),
     "192-heads": ((192, 128, HopperFwdConfig(128, 64, 3, HEADS=4, SHARE_Q=True, PROGRAMS_PER_SM=1)), 128),
     "256": (WIDE, None),
@@ -345,8 +347,14 @@ def _draw_config(r: random.Random, head_dim: int, head_dim_v: int, group: int) -
             return config
 
 
+def _draw_alone(r: random.Random) -> HopperFwdConfig:
+    return HopperFwdConfig(64, 64, SPLIT_LOOPS=r.random() < 0.75, PROGRAMS_PER_SM=r.choice((0, 1, 3)),
+                           LOADER=False)
+
+
 MOST_SCORES = 4_000_000  # of a drawn call: what is compared with it takes the GPU a tenth of a second at most
-KINDS = 25
+KINDS = 29
+_ALONE = range(25, 29)  # kinds without a loader, of head dims 64 and 128
 
 
 def scores(case: Case) -> int:
@@ -369,7 +377,7 @@ def _draw(seed: int, kind: int, longest: int) -> Case:
     head_dim, head_dim_v = DIMS[kind % len(DIMS)]
     group = r.choice((1, 2, 4, 5, 7, 8, 8))
     varlen, own_keys = r.random() < 0.35, r.random() < 0.3
-    config = _draw_config(r, head_dim, head_dim_v, group)
+    config = _draw_alone(r) if kind in _ALONE else _draw_config(r, head_dim, head_dim_v, group)
     # one side of everything that the window decides: whether its edge and the diagonal can meet in a block, and whether
     # all that 64 tokens see fits the ring
     windows = r.choice((None, (1, config.BLOCK_N + 61), (config.BLOCK_N + 62, 2000)))

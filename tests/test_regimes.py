@@ -20,6 +20,7 @@ WIDE = CAUSAL._replace(head_dim=128, head_dim_v=128)
 ADD, SHARED = HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128, 3, SPLIT_GROUP=2)
 RECOMPUTE, SLIDE = HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(64, 192, 4, FORM=2)
 PACKED = HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=80)
+ALONE = HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False)
 PACKED_FIVE = HopperFwdConfig(64, 64, 5, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=128)
 LARGE = HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1)
 
@@ -122,6 +123,11 @@ def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
     ("hopper_fwd", WINDOW._replace(window=512), HopperFwdConfig(64, 64, 2, PROGRAMS_PER_SM=3, maxnreg=80)),
     ("hopper_fwd", WINDOW._replace(head_dim=192, head_dim_v=128),
      HopperFwdConfig(64, 64, SHARE_Q=True, PROGRAMS_PER_SM=2)),
+    ("hopper_fwd", tokens(WIDE, 4224, window=256), ALONE), ("hopper_fwd", tokens(WIDE, 1024), ALONE),
+    ("hopper_fwd", tokens(WIDE, 4224, window=256)._replace(varlen=True),
+     HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2)),
+    ("hopper_fwd", tokens(WIDE, 384), HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2)),
+    ("hopper_fwd", tokens(WIDE, 2048), HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1)),
     ("hopper_bwd", WINDOW, SLIDE), ("hopper_bwd", tokens(CAUSAL, 2048), SHARED), ("hopper_bwd", CAUSAL, ADD),
 ])
 def test_the_heuristic_follows_them(kernel: Any, key: ShapeKey, wanted: Any) -> None:

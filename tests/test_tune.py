@@ -91,7 +91,7 @@ def test_the_sweep_of_a_model() -> None:
     assert {(t.impl, t.case.pass_) for t in plan.first} == {
         ("triton", "fwd"), ("triton", "bwd_dq"), ("triton", "bwd_dkdv"), ("hopper", "fwd"), ("hopper", "bwd")}
     assert {(t.impl, t.case.pass_) for whole in plan.wholes for t in whole} == {("triton", "bwd")}
-    assert len(plan.first) < 200                      # minutes, not hours
+    assert len(plan.first) < 220                      # minutes, not hours
     assert all(any(t.case == c and t.is_default for t in plan.first) for c in cases)
 
 

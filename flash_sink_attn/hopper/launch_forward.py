@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HopperFwdConfig, split_head_dim
+from flash_sink_attn.hopper.alone import hopper_alone_kernel
 from flash_sink_attn.hopper.descriptors import describe, padded
 from flash_sink_attn.hopper.forward import hopper_fwd_kernel
 from flash_sink_attn.hopper.window import hopper_window_kernel
@@ -38,6 +39,15 @@ def forward(
     if c.PROGRAMS_PER_SM:
         programs = min(programs, c.PROGRAMS_PER_SM * _multiprocessors(q.device))
     q_desc, k_desc = describe(q, 64, first), describe(k, c.BLOCK_N, first)
+    if not c.LOADER:
+        return launch(hopper_alone_kernel, programs, q.device, [
+            q_desc, k_desc, describe(v, 64, width_v), describe(o, 64, width_v), o, sinks, lse, sequences.cu_seqlens_q,
+            sequences.cu_seqlens_k, sequences.batch, sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles * units,
+            tiles, min(section, units), window or 0, scale * LOG2E,
+        ], {
+            "GROUP": group, "D": first, "D_TRUE": q.shape[-1], "VARLEN": sequences.varlen,
+            "WINDOW": _window_mode(window, 64), "SPLIT_LOOPS": c.SPLIT_LOOPS,
+        }, num_warps=4, maxnreg=c.registers_per_thread)
     return launch(hopper_fwd_kernel, programs, q.device, [
         q_desc, describe(q, 64, second) if second else q_desc, k_desc,
         describe(k, c.BLOCK_N, second) if second else k_desc, describe(v, c.BLOCK_N, width_v), describe(o, 64, width_v),

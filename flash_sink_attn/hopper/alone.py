@@ -1,0 +1,307 @@
+"""Forward of one warpgroup that loads for itself: 64 query rows, no warp beside it, so that three programs share a
+multiprocessor at head dim 128 and four or five at 64.
+
+With a loader's warpgroup beside it a program takes twice the threads, and two fit at head dim 128: too few to hide what
+a short row is made of, a beginning and an end. Here one block of K and two of V are in shared memory, and what a step
+needs is loaded during the softmax of the step before, across tiles too: block j's step starts the copies of block j's
+V, which its own product needs one step later, and of the K that comes next; where the next block is another tile's,
+also of that tile's q. The output leaves through the slot of the last V.
+
+Who waits for whom: the copy engine arrives at ``q_ready``, ``k_ready`` and ``v_ready``, and all threads wait for them
+before they use what came. Copies are started when all four warps have waited for the products that read the slots,
+hence the program's barrier in every step. Block j is the j-th use of K's slot and of both barriers, so that its parity
+is j % 2, and its V is in slot j % 2.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flash_sink_attn.hopper.common import (
+    FAR_BELOW,
+    LN2,
+    LOG2E,
+    exponentials,
+    follow,
+    hide,
+    hold_half,
+    largest,
+    quads,
+    reaches,
+    rescale,
+    store_bulk,
+    tile_of,
+    tile_of_round,
+    zero_rows,
+)
+
+
+@gluon.jit
+def _tile(round, work, GROUP: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr):
+    """The program's tile of this round: (whether there is one, member of the batch, key head, query head, first token,
+    lengths and beginnings of queries and keys, first key, blocks of keys)."""
+    num_tiles = work[4]
+    window = work[7]
+    tile = tile_of_round(round)
+    ok, b, head_kv, member, first, len_q, len_k, start_q, start_k = tile_of(
+        gl.minimum(tile, num_tiles - 1), work, GROUP, 1, 64, VARLEN, 4)
+    ok = ok & (tile < num_tiles)
+    offset = len_k - len_q
+    end = gl.minimum(first + 64, len_q) + offset
+    begin = 0
+    if WINDOW:
+        begin = gl.maximum(first + offset - window + 1, 0)
+    blocks = gl.maximum(gl.cdiv(gl.maximum(end - begin, 0), 64), 1)
+    return ok, b, head_kv, head_kv * GROUP + member, first, len_q, len_k, start_q, start_k, begin, blocks
+
+
+@gluon.jit
+def _scores(q, k_smem, D: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Starts S = Q K^T."""
+    return warpgroup_mma(q, k_smem.reshape([64, D]).permute((1, 0)), gl.zeros([64, 64], gl.float32, S_LAYOUT),
+                         use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _first(descs, smem, bars, b, head_q, head, token, key):
+    """Starts the copies of q and the first K of a tile that no step has started them for."""
+    q_desc, k_desc, v_desc = descs
+    q_smem, k_smem, v_smem = smem
+    q_ready, k_ready, v_ready = bars
+    mbarrier.expect(q_ready, q_desc.block_type.nbytes)
+    mbarrier.expect(k_ready, k_desc.block_type.nbytes)
+    gl.thread_barrier()
+    tma.async_copy_global_to_shared(q_desc, [b, token, head_q, 0], q_ready, q_smem)
+    tma.async_copy_global_to_shared(k_desc, [b, key, head, 0], k_ready, k_smem)
+
+
+@gluon.jit
+def _expect(descs, bars, n_ok, more):
+    """Announces what :func:`_bring` will start. Apart from it, so that the one barrier of the program between them,
+    which its slots need, also is the one that Triton puts between uses of a barrier."""
+    q_desc, k_desc, v_desc = descs
+    q_ready, k_ready, v_ready = bars
+    mbarrier.expect(k_ready, k_desc.block_type.nbytes, pred=more | n_ok)
+    mbarrier.expect(v_ready, v_desc.block_type.nbytes)
+    mbarrier.expect(q_ready, q_desc.block_type.nbytes, pred=n_ok & (not more))
+
+
+@gluon.jit
+def _bring(descs, smem, bars, here, following, key, slot, more):
+    """Starts the copies of a step, into slots that nobody reads any more.
+
+    Args:
+        here: (member of the batch, key head, where its keys begin) of the tile.
+        following: of the program's next tile: (whether there is one, member of the batch, query and key head, row of
+            its q, row of its first block of keys).
+        key: first key of the step's block.
+        slot: of its V.
+        more: whether the tile has another block.
+    """
+    q_desc, k_desc, v_desc = descs
+    q_smem, k_smem, v_smem = smem
+    q_ready, k_ready, v_ready = bars
+    b, head, start_k = here
+    n_ok, n_b, n_head_q, n_head, n_token, n_key = following
+    tma.async_copy_global_to_shared(k_desc, [gl.where(more, b, n_b), gl.where(more, start_k + key - 64, n_key),
+                                             gl.where(more, head, n_head), 0], k_ready, k_smem, pred=more | n_ok)
+    tma.async_copy_global_to_shared(v_desc, [b, start_k + key, head, 0], v_ready, v_smem.index(slot))
+    tma.async_copy_global_to_shared(q_desc, [n_b, n_token, n_head_q, 0], q_ready, q_smem, pred=n_ok & (not more))
+
+
+@gluon.jit
+def _step(acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window, scale_log2, more,
+          CAUSAL: gl.constexpr, WINDOW: gl.constexpr, D: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr):
+    """S of block j and O += P V of the block before run together; the softmax of this one overlaps the latter. As in
+    :func:`flash_sink_attn.hopper.forward._step`, where the reasons for its order are. On entry K of this block and V of
+    the one before have arrived."""
+    q_smem, k_smem, v_smem = smem
+    q_ready, k_ready, v_ready = bars
+    s = _scores(q_smem.reshape([64, D]), k_smem, D, S_LAYOUT)
+    acc = warpgroup_mma(p16, v_smem.index((j - 1) & 1).reshape([64, D]), acc, is_async=True)
+    _expect(descs, bars, following[0], more)
+    s = warpgroup_mma_wait(1, deps=[s])
+    gl.thread_barrier()
+    _bring(descs, smem, bars, here, following, key, j & 1, more)
+    s = hide(s, reach, key, window, CAUSAL, WINDOW)
+    m_new, changed = follow(m, gl.convert_layout(largest(quads(s)), m.type.layout, assert_trivial=True) * scale_log2)
+    alpha = gl.exp2(m - m_new)
+    m = m_new
+    p, l = exponentials(s, m, l * alpha, scale_log2)
+    held = hold_half(gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT))
+    # first the one with a predicate: it is what ends the basic block
+    mbarrier.wait(k_ready, (j + 1) & 1, pred=more)
+    mbarrier.wait(v_ready, j & 1)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    hold_half(p16)
+    acc = rescale(acc, alpha, changed)
+    return acc, m, l, held, j + 1
+
+
+@gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "num_tiles", "tiles_per_unit", "section",
+                              "window"])
+def hopper_alone_kernel(
+    q_desc, k_desc, v_desc, o_desc, O, Sinks, Lse, CuSeqlensQ, CuSeqlensK,
+    batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, scale_log2,
+    GROUP: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr,
+    SPLIT_LOOPS: gl.constexpr,
+):
+    """Persistent over tiles of 64 rows of one head: tile, tile + programs, ...
+
+    Arguments as of :func:`flash_sink_attn.hopper.forward.hopper_fwd_kernel`; all descriptors have blocks of 64 rows.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    # Where the window's edge and the diagonal can meet in one block (WINDOW == 2), masked blocks get both comparisons.
+    BOTH: gl.constexpr = WINDOW == 2 or (WINDOW and not SPLIT_LOOPS)
+    EDGE_CAUSAL: gl.constexpr = WINDOW == 2
+    q_smem = gl.allocate_shared_memory(dtype, [1] + q_desc.block_type.shape, q_desc.layout).index(0)
+    k_smem = gl.allocate_shared_memory(dtype, [1] + k_desc.block_type.shape, k_desc.layout).index(0)
+    v_smem = gl.allocate_shared_memory(dtype, [2] + v_desc.block_type.shape, v_desc.layout)
+    q_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+    k_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+    v_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+    mbarrier.init(q_ready, count=1)
+    mbarrier.init(k_ready, count=1)
+    mbarrier.init(v_ready, count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    descs = (q_desc, k_desc, v_desc)
+    smem = (q_smem, k_smem, v_smem)
+    bars = (q_ready, k_ready, v_ready)
+    work = (batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, CuSeqlensQ, CuSeqlensK)
+    row = gl.arange(0, 64, layout=ROW_LAYOUT)
+    # blocks so far, and the parity of the next tile's q
+    j = 0
+    q_parity = 0
+    ok, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks = _tile(0, work, GROUP, VARLEN, WINDOW)
+    if ok:
+        _first(descs, smem, bars, b, head, head_kv, start_q + first, start_k + begin + (blocks - 1) * 64)
+    for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
+        if VARLEN:
+            # found again: kept over a tile, they would take more registers than there are
+            ok, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks = _tile(
+                round, work, GROUP, VARLEN, WINDOW)
+        n_ok, n_b, n_head_kv, n_head, n_first, n_len_q, n_len_k, n_start_q, n_start_k, n_begin, n_blocks = _tile(
+            round + 1, work, GROUP, VARLEN, WINDOW)
+        n_at = n_start_k + n_begin + (n_blocks - 1) * 64
+        following = (n_ok, n_b, n_head, n_head_kv, n_start_q + n_first, n_at)
+        if ok:
+            here = (b, head_kv, start_k)
+            # positions in key coordinates (bottom-right aligned) of the first and the last row
+            earliest = first + len_k - len_q
+            reach = reaches(earliest, quads(gl.zeros([64, 64], gl.float32, S_LAYOUT)))
+            key = begin + (blocks - 1) * 64
+            # Blocks count from the right. [0, diagonal) lie on the diagonal, [diagonal, edge) are free of masks, [edge,
+            # blocks) lie on the window's edge.
+            diagonal = blocks
+            edge = blocks
+            if SPLIT_LOOPS:
+                diagonal = gl.minimum(gl.maximum(gl.cdiv(gl.maximum(key + 63 - earliest, 0), 64), 1), blocks)
+                if WINDOW:
+                    edge = gl.cdiv(gl.maximum(key - (earliest + 63) + window, 0), 64)
+                    edge = gl.minimum(gl.maximum(edge, diagonal), blocks)
+            acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
+            more = 1 < blocks
+            mbarrier.wait(q_ready, q_parity)
+            q_parity ^= 1
+            mbarrier.wait(k_ready, j & 1)
+            s = _scores(q_smem.reshape([64, D]), k_smem, D, S_LAYOUT)
+            _expect(descs, bars, n_ok, more)
+            s = warpgroup_mma_wait(0, deps=[s])
+            # the last tile's output has left the slot of its last V
+            tma.store_wait(0)
+            gl.thread_barrier()
+            _bring(descs, smem, bars, here, following, key, j & 1, more)
+            s = hide(s, reach, key, window, True, BOTH)
+            m = largest(quads(s))
+            m = gl.maximum(gl.max(m, axis=1) * scale_log2, FAR_BELOW)
+            m = gl.expand_dims(m, 1) + gl.zeros_like(largest(quads(s)))
+            p, l = exponentials(s, m, gl.zeros_like(m), scale_log2)
+            p16 = hold_half(gl.convert_layout(p.to(dtype), P_LAYOUT))
+            mbarrier.wait(k_ready, (j + 1) & 1, pred=more)
+            mbarrier.wait(v_ready, j & 1)
+            if VARLEN:
+                if key + 64 > len_k:
+                    zero_rows(v_smem.index(j & 1).reshape([64, D]), 0, len_k - key, 64, D)
+            j += 1
+            for n in range(1, diagonal):
+                key -= 64
+                acc, m, l, p16, j = _step(
+                    acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window, scale_log2,
+                    n + 1 < blocks, True, BOTH, D, S_LAYOUT, P_LAYOUT)
+            if SPLIT_LOOPS:
+                for n in range(diagonal, edge):
+                    key -= 64
+                    acc, m, l, p16, j = _step(
+                        acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window, scale_log2,
+                        n + 1 < blocks, False, False, D, S_LAYOUT, P_LAYOUT)
+                if WINDOW:
+                    for n in range(edge, blocks):
+                        key -= 64
+                        acc, m, l, p16, j = _step(
+                            acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window,
+                            scale_log2, n + 1 < blocks, EDGE_CAUSAL, True, D, S_LAYOUT, P_LAYOUT)
+            last = (j - 1) & 1
+            acc = warpgroup_mma(p16, v_smem.index(last).reshape([64, D]), acc, is_async=True)
+            m = gl.convert_layout(gl.max(m, axis=1), ROW_LAYOUT)
+            l = gl.convert_layout(gl.sum(l, axis=1), ROW_LAYOUT)
+            # The sink enters here and not as the initial maximum: one far above the logits would flush P to zero in
+            # half precision.
+            beta = gl.full([64], 1.0, gl.float32, ROW_LAYOUT)
+            if Sinks is not None:
+                sink = gl.load(Sinks + head).to(gl.float32) * LOG2E
+                m_new = gl.maximum(m, sink)
+                beta = gl.exp2(m - m_new)
+                l = l * beta + gl.exp2(sink - m_new)
+                m = m_new
+            # A row without a visible key and without a sink has l == 0: o = 0, lse = -inf.
+            factor = beta / gl.where(l == 0.0, 1.0, l)
+            lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) * LN2)
+            token = first + row
+            if VARLEN:
+                lse_at = Lse + head * seqlen_q.to(gl.int64) + start_q + token
+            else:
+                lse_at = Lse + (b * (heads_kv * GROUP) + head).to(gl.int64) * seqlen_q + token
+            gl.store(lse_at, lse, mask=token < len_q)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            hold_half(p16)
+            o = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT)), 1)
+            o = o.to(dtype)
+            if VARLEN and first + 64 > len_q:
+                # a copy of 64 rows would overwrite the next sequence's
+                column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT)), 0)
+                out = gl.expand_dims(first + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT)), 1)
+                at_o = ((start_q + out).to(gl.int64) * (heads_kv * GROUP) + head) * D_TRUE + column
+                gl.store(O + at_o, o, mask=(out < len_q) & (column < D_TRUE))
+            else:
+                # every warp has read the slot
+                gl.thread_barrier()
+                v_smem.index(last).reshape([64, D]).store(o)
+                fence_async_shared()
+                store_bulk(o_desc, [b, start_q + first, head, 0], v_smem.index(last))
+        elif n_ok:
+            _first(descs, smem, bars, n_b, n_head, n_head_kv, n_start_q + n_first, n_at)
+        ok = n_ok
+        b = n_b
+        head_kv = n_head_kv
+        head = n_head
+        first = n_first
+        len_q = n_len_q
+        len_k = n_len_k
+        start_q = n_start_q
+        start_k = n_start_k
+        begin = n_begin
+        blocks = n_blocks
+    tma.store_wait(0)
