@@ -245,8 +245,7 @@ class Hopper(Ours):
                 tried += [HopperBwdConfig(64, 192, s, FORM=2, BUFFERS=b) for s, b in ((2, 3), (3, 2), (3, 3), (4, 2))]
             return [config.to_dict() for config in tried]
         small = case.head_dim <= 64
-        found = [HopperFwdConfig(64, 64, PROGRAMS_PER_SM=4, maxnreg=128, LOADER=False) if small else
-                 HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False)]
+        found = []
         if case.window:
             programs, registers = (3, 80) if small else (2, None)
             found += [HopperFwdConfig(64, 64, stages, q_stages, heads, SHARE_Q=share,
@@ -258,6 +257,8 @@ class Hopper(Ours):
             found += [HopperFwdConfig(m, n, stages, SHARE_Q=share, PROGRAMS_PER_SM=1)
                       for m, n, stages in ((192, 128, 2), (192, 128, 3), (256, 64, 4), (128, 128, 2), (128, 64, 2))
                       for share in (False, True)]
+        found += [HopperFwdConfig(64, 64, PROGRAMS_PER_SM=4, maxnreg=128, LOADER=False) if small else
+                  HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False)]
         return [config.to_dict() for config in found]
 
 

@@ -48,12 +48,9 @@ from flash_sink_attn.hopper.common import (
 def _tile(round, work, GROUP: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr):
     """The program's tile of this round: (whether there is one, member of the batch, key head, query head, first token,
     lengths and beginnings of queries and keys, first key, blocks of keys)."""
-    num_tiles = work[4]
     window = work[7]
-    tile = tile_of_round(round)
     ok, b, head_kv, member, first, len_q, len_k, start_q, start_k = tile_of(
-        gl.minimum(tile, num_tiles - 1), work, GROUP, 1, 64, VARLEN, 4)
-    ok = ok & (tile < num_tiles)
+        tile_of_round(round), work, GROUP, 1, 64, VARLEN, 4)
     offset = len_k - len_q
     end = gl.minimum(first + 64, len_q) + offset
     begin = 0
@@ -189,15 +186,11 @@ def hopper_alone_kernel(
     if ok:
         _first(descs, smem, bars, b, head, head_kv, start_q + first, start_k + begin + (blocks - 1) * 64)
     for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
-        if VARLEN:
-            # found again: kept over a tile, they would take more registers than there are
-            ok, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks = _tile(
-                round, work, GROUP, VARLEN, WINDOW)
-        n_ok, n_b, n_head_kv, n_head, n_first, n_len_q, n_len_k, n_start_q, n_start_k, n_begin, n_blocks = _tile(
-            round + 1, work, GROUP, VARLEN, WINDOW)
-        n_at = n_start_k + n_begin + (n_blocks - 1) * 64
-        following = (n_ok, n_b, n_head, n_head_kv, n_start_q + n_first, n_at)
         if ok:
+            if VARLEN:
+                # found again: kept over a tile, it would take more registers than there are
+                _, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks = _tile(
+                    round, work, GROUP, VARLEN, WINDOW)
             here = (b, head_kv, start_k)
             # positions in key coordinates (bottom-right aligned) of the first and the last row
             earliest = first + len_k - len_q
@@ -218,6 +211,12 @@ def hopper_alone_kernel(
             q_parity ^= 1
             mbarrier.wait(k_ready, j & 1)
             s = _scores(q_smem.reshape([64, D]), k_smem, D, S_LAYOUT)
+            # while the tensor cores are busy: what comes after this tile, and its sink
+            n_ok, n_b, n_head_kv, n_head, n_first, n_len_q, n_len_k, n_start_q, n_start_k, n_begin, n_blocks = _tile(
+                round + 1, work, GROUP, VARLEN, WINDOW)
+            following = (n_ok, n_b, n_head, n_head_kv, n_start_q + n_first, n_start_k + n_begin + (n_blocks - 1) * 64)
+            if Sinks is not None:
+                sink = gl.load(Sinks + head).to(gl.float32) * LOG2E
             _expect(descs, bars, n_ok, more)
             s = warpgroup_mma_wait(0, deps=[s])
             # the last tile's output has left the slot of its last V
@@ -261,7 +260,6 @@ def hopper_alone_kernel(
             # half precision.
             beta = gl.full([64], 1.0, gl.float32, ROW_LAYOUT)
             if Sinks is not None:
-                sink = gl.load(Sinks + head).to(gl.float32) * LOG2E
                 m_new = gl.maximum(m, sink)
                 beta = gl.exp2(m - m_new)
                 l = l * beta + gl.exp2(sink - m_new)
@@ -291,17 +289,16 @@ def hopper_alone_kernel(
                 v_smem.index(last).reshape([64, D]).store(o)
                 fence_async_shared()
                 store_bulk(o_desc, [b, start_q + first, head, 0], v_smem.index(last))
-        elif n_ok:
-            _first(descs, smem, bars, n_b, n_head, n_head_kv, n_start_q + n_first, n_at)
-        ok = n_ok
-        b = n_b
-        head_kv = n_head_kv
-        head = n_head
-        first = n_first
-        len_q = n_len_q
-        len_k = n_len_k
-        start_q = n_start_q
-        start_k = n_start_k
-        begin = n_begin
-        blocks = n_blocks
+            # what comes after a tile that is none is none either
+            ok = n_ok
+            b = n_b
+            head_kv = n_head_kv
+            head = n_head
+            first = n_first
+            len_q = n_len_q
+            len_k = n_len_k
+            start_q = n_start_q
+            start_k = n_start_k
+            begin = n_begin
+            blocks = n_blocks
     tma.store_wait(0)

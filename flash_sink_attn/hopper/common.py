@@ -283,15 +283,18 @@ def tile_of(tile, work, GROUP: gl.constexpr, CHUNK: gl.constexpr, TOKENS: gl.con
     queries and keys, where in a packed batch they begin).
 
     Tiles go by sections of so many heads that their K and V stay in L2; within one the longest rows of a causal mask
-    go first, and heads vary fastest, so that programs that run together share K and V.
+    go first, and heads vary fastest, so that programs that run together share K and V. What comes after a tile that is
+    none is none either.
     """
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, cu_q, cu_k = work
     CHUNKS: gl.constexpr = (GROUP + CHUNK - 1) // CHUNK
+    exists = tile < num_tiles
+    tile = gl.minimum(tile, num_tiles - 1)  # a division by zero would follow
     if VARLEN:
         units = heads_kv * CHUNKS
         b, t = find_tile(cu_q, batch, seqlen_q, tile // units, TOKENS, NUM_WARPS)
         unit = tile % units
-        ok = (b < batch) & (tile < num_tiles)
+        ok = (b < batch) & exists
         at = gl.minimum(b, batch - 1)
         start_q, len_q = sequence_bounds(cu_q, at, seqlen_q)
         start_k = start_q
@@ -310,7 +313,7 @@ def tile_of(tile, work, GROUP: gl.constexpr, CHUNK: gl.constexpr, TOKENS: gl.con
         unit = s * section + r % here
         head_kv = (unit // CHUNKS) % heads_kv
         b = unit // (CHUNKS * heads_kv)
-        ok = tile < num_tiles
+        ok = exists
         len_q = seqlen_q
         len_k = seqlen_k
         start_q = 0

@@ -204,17 +204,24 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
     # Where the window's edge and the diagonal can meet in one block (WINDOW == 2), masked blocks get both comparisons.
     BOTH: gl.constexpr = WINDOW == 2 or (WINDOW and not SPLIT_LOOPS)
     EDGE_CAUSAL: gl.constexpr = WINDOW == 2
+    # Where every warpgroup has rows in every tile, it finds the next tile while the tensor cores end this one; not for
+    # packed batches, where that takes more registers than there are.
+    AHEAD: gl.constexpr = not SPREAD and not VARLEN
     row = gl.arange(0, 64, layout=ROW_LAYOUT)
     slot = 0
     phase = 0
     q_slot = 0
     q_phase = 0
     turn = 0
+    ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
+        tile_of_round(0), work, GROUP, CHUNK, TOKENS, VARLEN, 4)
     for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
-        tile = tile_of_round(round)
-        ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
-            tile, work, GROUP, CHUNK, TOKENS, VARLEN, 4)
+        if not AHEAD:
+            ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
+                tile_of_round(round), work, GROUP, CHUNK, TOKENS, VARLEN, 4)
         if ok:
+            n_ok, n_b, n_head_kv, n_member0, n_first, n_len_q, n_len_k, n_start_q, n_start_k = (
+                ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k)
             begin, blocks = _keys(first, len_q, len_k, window, TOKENS, BLOCK_N, WINDOW)
             if not SPREAD:
                 first += INDEX * 64
@@ -329,6 +336,9 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
                     else:
                         lse_at = Lse + (b * (heads_kv * GROUP) + head_q).to(gl.int64) * seqlen_q + token
                     gl.store(lse_at, lse, mask=token < len_q)
+                    if AHEAD:
+                        n_ok, n_b, n_head_kv, n_member0, n_first, n_len_q, n_len_k, n_start_q, n_start_k = tile_of(
+                            tile_of_round(round + 1), work, GROUP, CHUNK, TOKENS, VARLEN, 4)
                     acc = warpgroup_mma_wait(0, deps=[acc])
                     hold_half(p16)
                     barrier_arrive(STAGES + before, last)
@@ -374,6 +384,9 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
                             slot, phase = advance(slot, phase, STAGES)
                 q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
             turn += 1
+            if AHEAD:
+                ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = (
+                    n_ok, n_b, n_head_kv, n_member0, n_first, n_len_q, n_len_k, n_start_q, n_start_k)
     tma.store_wait(0)
 
 
