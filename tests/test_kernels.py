@@ -147,7 +147,7 @@ def test_packed_sequences_do_not_see_each_other(window: int | None, tma: bool) -
             assert torch.equal(found[name][rows], clean[name][rows]), name
 
 
-@pytest.mark.parametrize("seqlens", [[1, 0, 2] + [1] * 60 + [0] * 65 + [20, 3], [0] * 129 + [20] + [0] * 4 + [3]])
+@pytest.mark.parametrize("seqlens", [[1, 0, 2] + [1] * 12 + [0] * 113 + [20, 3], [0] * 129 + [20] + [0] * 4 + [3]])
 def test_more_sequences_than_one_chunk_of_the_search(seqlens: list[int]) -> None:
     x = make_inputs(heads_q=1, heads_kv=1, head_dim=16, dtype=torch.bfloat16, device=DEVICE, seqlens=seqlens)
     assert_right(x, config=tiles(16, 16))
