@@ -26,6 +26,7 @@ from flash_sink_attn.hopper.common import (
     LOG2E,
     advance,
     hold_half,
+    store_bulk,
 )
 
 
@@ -114,24 +115,7 @@ def _load_keys(q_desc, k_desc, v_desc, o_desc, do_desc, cu_q, cu_k, smem, bars, 
 
 
 @gluon.jit
-def _rows_of(Lse, DLse, Sinks, head_q, unit, seqlen_q, start_q, token, inside, wanted, VARLEN: gl.constexpr):
-    """A head's lse, the gradient of that, and its sink, as they lie in memory; where not ``wanted``, none of them."""
-    if VARLEN:
-        at = head_q * seqlen_q.to(gl.int64) + start_q + token
-    else:
-        at = unit * seqlen_q.to(gl.int64) + token
-    lse = gl.load(Lse + at, mask=inside & wanted, other=float("inf"))
-    lse_gradient = gl.zeros_like(lse)
-    if DLse is not None:
-        lse_gradient = gl.load(DLse + at, mask=inside & wanted, other=0.0)
-    sink = gl.to_tensor(0.0)
-    if Sinks is not None:
-        sink = gl.load(Sinks + head_q, mask=wanted, other=0.0).to(gl.float32)
-    return lse, lse_gradient, sink
-
-
-@gluon.jit
-def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k, smem, bars, work, scale,
+def _compute_queries(dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k, smem, bars, work, scale,
                      scale_log2, INDEX: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr,
                      SPLIT: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, BLOCK_N: gl.constexpr,
                      STAGES: gl.constexpr, Q_STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr):
@@ -157,13 +141,6 @@ def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k,
     phase = 0
     q_slot = 0
     q_phase = 0
-    # one head ahead, so that their latency hides behind the products
-    first_q = head * GROUP + low + INDEX
-    wanted = low + INDEX < gl.minimum(low + HEADS, GROUP)
-    if VARLEN:
-        wanted = wanted & ok
-    lse, lse_gradient, sink = _rows_of(Lse, DLse, Sinks, first_q, b * (heads_kv * GROUP) + first_q, seqlen_q, start_q,
-                                       token, inside, wanted, VARLEN)
     for i in range((HEADS + WARPGROUPS - 1) // WARPGROUPS):
         member = low + i * WARPGROUPS + INDEX
         if member < gl.minimum(low + HEADS, GROUP):
@@ -171,8 +148,18 @@ def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k,
             unit = b * (heads_kv * GROUP) + head_q
             if ok:
                 at = INDEX * Q_STAGES + q_slot
-                lse2 = lse * LOG2E
+                if VARLEN:
+                    lse_at = head_q * seqlen_q.to(gl.int64) + start_q + token
+                else:
+                    lse_at = unit * seqlen_q.to(gl.int64) + token
+                lse2 = gl.load(Lse + lse_at, mask=inside, other=float("inf")) * LOG2E
                 lse2 = gl.where(lse2 == float("-inf"), float("inf"), lse2)
+                lse_gradient = gl.zeros_like(lse2)
+                if DLse is not None:
+                    lse_gradient = gl.load(DLse + lse_at, mask=inside, other=0.0)
+                sink = 0.0
+                if Sinks is not None:
+                    sink = gl.load(Sinks + head_q).to(gl.float32) * LOG2E
                 mbarrier.wait(q_ready.index(at), q_phase)
                 o = o_smem.index(at).reshape([64, D])
                 do = do_smem.index(at).reshape([64, D])
@@ -183,14 +170,10 @@ def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k,
                 gl.store(Delta + at_row, delta)
                 gl.store(Lse2 + at_row, lse2)
                 if Part is not None:
-                    gl.store(Part + head_q.to(gl.int64) * slots + part,
-                             -gl.sum(gl.exp2(sink * LOG2E - lse2) * delta, 0))
-                lse, lse_gradient, sink = _rows_of(
-                    Lse, DLse, Sinks, head_q + WARPGROUPS, unit + WARPGROUPS, seqlen_q, start_q, token, inside,
-                    member + WARPGROUPS < gl.minimum(low + HEADS, GROUP), VARLEN)
+                    gl.store(Part + head_q.to(gl.int64) * slots + part, -gl.sum(gl.exp2(sink - lse2) * delta, 0))
                 dq = gl.zeros([64, D], gl.float32, D_LAYOUT)
                 key = begin
-                for n in range(blocks):
+                for _ in range(blocks):
                     k = k_smem.index(slot).reshape([BLOCK_N, D])
                     v = v_smem.index(slot).reshape([BLOCK_N, D])
                     mbarrier.wait(k_ready.index(slot), phase)
@@ -212,9 +195,6 @@ def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k,
                             p = above(p, key + window + column, position)
                     dp = warpgroup_mma_wait(0, deps=[dp])
                     mbarrier.arrive(v_empty.index(slot), count=1)
-                    if n == blocks - 1:
-                        # nothing reads q and do any more: the next head's can come
-                        mbarrier.arrive(q_empty.index(at), count=1)
                     ds = hold_half(gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(dtype), A_LAYOUT))
                     dq = warpgroup_mma(ds, k, dq, is_async=True)
                     dq = warpgroup_mma_wait(0, deps=[dq])
@@ -222,16 +202,21 @@ def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k,
                     mbarrier.arrive(k_empty.index(slot), count=1)
                     slot, phase = advance(slot, phase, STAGES)
                     key += BLOCK_N
-                if blocks == 0:
-                    mbarrier.arrive(q_empty.index(at), count=1)
-                # by the threads that hold it: through shared memory it would hold up the next head's o
-                column_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, D_LAYOUT)), 0)
-                out = gl.expand_dims(row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, D_LAYOUT)), 1)
-                to = ((b * seqlen_q.to(gl.int64) + start_q + out) * (heads_kv * GROUP) + head_q) * D_TRUE + column_d
-                here = out < len_q
-                if D_TRUE != D:
-                    here = here & (column_d < D_TRUE)
-                gl.store(DQ + to, (dq * scale).to(dtype), mask=here)
+                dq *= scale
+                if VARLEN and row0 + 64 > len_q:
+                    # a copy of 64 rows would overwrite the next sequence's
+                    column_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, D_LAYOUT)), 0)
+                    out = gl.expand_dims(row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, D_LAYOUT)), 1)
+                    to = ((start_q + out).to(gl.int64) * (heads_kv * GROUP) + head_q) * D_TRUE + column_d
+                    gl.store(DQ + to, dq.to(dtype), mask=(out < len_q) & (column_d < D_TRUE))
+                else:
+                    # in O's place: each warp overwrites the rows of O that it has read itself
+                    o.store(dq.to(dtype))
+                    fence_async_shared()
+                    gl.thread_barrier()
+                    store_bulk(dq_desc, [b, start_q + row0, head_q, 0], o_smem.index(at))
+                    tma.store_wait(0)
+                mbarrier.arrive(q_empty.index(at), count=1)
             elif Part is not None:
                 # a slot without a tile
                 gl.store(Part + head_q.to(gl.int64) * slots + part, 0.0)
@@ -249,7 +234,7 @@ def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k,
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "rows", "tiles", "section", "window",
                               "slots"])
 def hopper_bwd_queries_kernel(
-    q_desc, k_desc, v_desc, o_desc, do_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, CuSeqlensQ, CuSeqlensK,
+    q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, CuSeqlensQ, CuSeqlensK,
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, slots, scale, scale_log2,
     GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, WARPGROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr,
@@ -269,7 +254,7 @@ def hopper_bwd_queries_kernel(
     # Triton's barriers, not our own as in the other kernels: their 1 KiB of shared memory would be what keeps a second
     # program off the multiprocessor at head dim 128.
     # q_ready: one arrival, the loader's, and the bytes of q, o and do; the warpgroup of these slots waits, round r of a
-    # slot for parity r % 2. q_empty: one arrival, of that warpgroup, after its last product that reads them.
+    # slot for parity r % 2. q_empty: one arrival, of that warpgroup, once the copy engine has read dQ out of O's place.
     # k_ready, v_ready: as q_ready, every warpgroup waits. k_empty, v_empty: one arrival of each warpgroup. The loader
     # waits for *_empty, at round r for parity (r + 1) % 2, which at round 0 is the one before the first.
     q_empty = gl.allocate_shared_memory(gl.int64, [WARPGROUPS * Q_STAGES, 1], mbarrier.MBarrierLayout())
@@ -290,7 +275,7 @@ def hopper_bwd_queries_kernel(
     work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
     if WARPGROUPS == 1:
         gl.warp_specialize([
-            (_compute_queries, (DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
+            (_compute_queries, (dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
               bars, work, scale, scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
               WINDOW)),
             (_load_keys, (q_desc, k_desc, v_desc, o_desc, do_desc, CuSeqlensQ, CuSeqlensK, smem, bars, work,
@@ -298,10 +283,10 @@ def hopper_bwd_queries_kernel(
         ], [1], [LOADER_REGISTERS])
     else:
         gl.warp_specialize([
-            (_compute_queries, (DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
+            (_compute_queries, (dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
               bars, work, scale, scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
               WINDOW)),
-            (_compute_queries, (DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
+            (_compute_queries, (dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
               bars, work, scale, scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
               WINDOW)),
             (_load_keys, (q_desc, k_desc, v_desc, o_desc, do_desc, CuSeqlensQ, CuSeqlensK, smem, bars, work,

@@ -175,7 +175,7 @@ def _recompute(call: _Call) -> Any:
     warpgroups, split = c.config.BLOCK_M // 64, c.config.SPLIT_GROUP
     registers, maxnreg = (240, 168) if warpgroups == 2 else (0, 80 if c.width == 64 else 128)
     launch(hopper_bwd_queries_kernel, c.tiles * c.units * split, device, [
-        *map(c.described, (c.q, c.k, c.v, c.o, c.do)), c.dq, c.dlse, c.lse, c.sinks, c.lse2, c.delta, c.parts,
+        *map(c.described, (c.q, c.k, c.v, c.o, c.do, c.dq)), c.dq, c.dlse, c.lse, c.sinks, c.lse2, c.delta, c.parts,
         c.sequences.cu_seqlens_q, c.sequences.cu_seqlens_k, c.sequences.batch, c.sequences.seqlen_q,
         c.sequences.seqlen_k, c.heads_kv, c.rows, c.tiles, min(c.units * split, _SECTION), c.window, c.slots,
         c.scale, c.scale * LOG2E,
