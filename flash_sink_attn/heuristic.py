@@ -22,12 +22,14 @@ from flash_sink_attn.regimes import (
     few_rows,
     few_tiles,
     fits_ring,
+    hides_keys,
     idles,
     loads_itself,
     many_keys,
     packs_alone,
     recomputes,
     shares_group,
+    shares_in_window,
     short_window,
     slides,
     small_dims,
@@ -177,13 +179,13 @@ def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
 
 
 def _hopper_backwards(key: ShapeKey, deterministic: bool) -> tuple[HopperBwdConfig, ...]:
-    again = _HOPPER_BWD_RECOMPUTE if recomputes(key) else ()
-    if key.window is None:  # twice the programs, of which short sequences have few
+    again = _HOPPER_BWD_RECOMPUTE if recomputes(key, deterministic) else ()
+    if not hides_keys(key):  # twice the programs, of which short sequences have few
         again = (*(dataclasses.replace(c, SPLIT_GROUP=2) for c in again), *again)
     candidates = (*(_HOPPER_BWD_SLIDE if slides(key) else ()), *again,
                   *(_HOPPER_BWD_SMALL_DIM if small_dims(key) else ()), *_HOPPER_BWD, *_HOPPER_BWD_LARGE_DIM)
-    if shares_group(key):
-        candidates = (*(dataclasses.replace(c, SPLIT_GROUP=2) for c in candidates), *candidates)
+    programs = (2,) if shares_group(key) else (4, 2) if shares_in_window(key) else ()
+    candidates = (*(dataclasses.replace(c, SPLIT_GROUP=n) for n in programs for c in candidates), *candidates)
     return tuple(config for config in candidates if not deterministic or reproducible(config))
 
 

@@ -19,9 +19,11 @@ from flash_sink_attn.tuned_table import Entry, ShapeKey
 
 PROGRAMS_AT_ONCE = 132  # multiprocessors of an H100
 # Adding dq up outside costs two launches more and a pass over it in float32, two more products per pair of tiles cost
-# by the window. At 8192 tokens the latter takes 1.04 of the time with 1024 keys at head dim 64, at head dim 128 it is
-# 0.78 with 1024 and 0.85 with 4096. By whether the head dim is at most 64.
-RECOMPUTE_WINDOW = {True: 512, False: 4096}
+# by the window. At 8192 tokens the latter takes 1.04 of the time with 1024 keys at head dim 64; at head dim 128, with
+# 28/4 heads, 0.97 with 1024, 1.03 with 2048 and 1.05 with 4096. By whether the head dim is at most 64.
+RECOMPUTE_WINDOW = {True: 512, False: 1400}
+# Where dq has to be added up in order otherwise, and at head dim 64 the order costs less than the products.
+_ORDERED_RECOMPUTE_WINDOW = {True: 512, False: 4096}
 # From here on most blocks of keys need no mask, and large tiles read them less often.
 SHORT_WINDOW = 1024
 # Without a window, at head dims from 65 to 128. With up to 2048 tokens and 168 tiles of 128 keys making dq anew took
@@ -120,10 +122,11 @@ def few_tiles(key: ShapeKey) -> bool:
     return small_dims(key) and not short_window(key) and tiles <= 3 * PROGRAMS_AT_ONCE
 
 
-def recomputes(key: ShapeKey) -> bool:
+def recomputes(key: ShapeKey, deterministic: bool = False) -> bool:
     """Whether the backward is better off making dq in a kernel of its own (FORM 1) than adding it up."""
-    if key.window is not None:
-        return key.window <= RECOMPUTE_WINDOW[small_dims(key)]
+    if hides_keys(key):
+        assert key.window is not None
+        return key.window <= (_ORDERED_RECOMPUTE_WINDOW if deterministic else RECOMPUTE_WINDOW)[small_dims(key)]
     middle = not small_dims(key) and max(key.head_dim, key.head_dim_v) <= 128
     short = key.seqlen_k <= _SHORT_SEQUENCE and _units(key) * _key_tiles(key) <= 3 * PROGRAMS_AT_ONCE
     return middle and (short or _group(key) == 1)
@@ -138,7 +141,19 @@ def shares_group(key: ShapeKey) -> bool:
     (one section) 0.254 ms instead of 0.367 at head dim 64, at 5120 tokens with 32/8 heads (three) 0.699 instead of
     0.847, and at 3001 with 64/8 heads (two) 0.578 instead of 0.575.
     """
-    return key.window is None and _can_share(key) and _longest_programs(key, 2) < _longest_programs(key, 1)
+    return not hides_keys(key) and _can_share(key) and _longest_programs(key, 2) < _longest_programs(key, 1)
+
+
+def shares_in_window(key: ShapeKey) -> bool:
+    """Whether a backward under a long window is faster with several programs for each group at the same keys.
+
+    The last keys are seen by few queries, and with few programs the card waits for the longest ones. At 8192 tokens
+    with a window of 4096, of one program, two, four, and one for each head: 28/4 heads x 128 2.218, 1.958, 1.866 and
+    1.862 ms, 64/8 x 64 2.201, 2.161, 2.153 and 2.243; with a window of 2048 28/4 x 128 1.233, 1.246, 1.220 and 1.240,
+    with 1024 0.728, 0.792, 0.791 and 0.830.
+    """
+    return (hides_keys(key) and _can_share(key) and (key.window or 0) > RECOMPUTE_WINDOW[False]
+            and _units(key) * _key_tiles(key) <= 4 * PROGRAMS_AT_ONCE)
 
 
 def _longest_programs(key: ShapeKey, split: int) -> float:
@@ -188,9 +203,16 @@ def _lends_backward(config: HopperBwdConfig, measured: ShapeKey, key: ShapeKey, 
     if recomputes(measured) != recomputes(key):
         return False
     # what is not of the kind was measured where the others were not tried
-    if key.window is None and recomputes(key):
+    if hides_keys(key):
+        return not shares_in_window(key) or config.SPLIT_GROUP > 1
+    if recomputes(key):
         return config.FORM == HopperBwdForm.RECOMPUTE and (config.SPLIT_GROUP > 1 or not _can_share(key))
-    return key.window is not None or not _can_share(key) or (config.SPLIT_GROUP > 1) == shares_group(key)
+    return not _can_share(key) or (config.SPLIT_GROUP > 1) == shares_group(key)
+
+
+def hides_keys(key: ShapeKey) -> bool:
+    """Whether there is a window that some query cannot see over."""
+    return key.window is not None and key.window < key.seqlen_k
 
 
 def _row_tiles(key: ShapeKey) -> int:

@@ -56,7 +56,6 @@ _HOPPER_WINDOW: dict[bool, dict[str, Any]] = {
     True: {"hopper_fwd": [{"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 3, "Q_STAGES": 2, "HEADS": [1, 2],
                            "PACK_HEADS": 4, "maxnreg": 80},
                           {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 2, "PROGRAMS_PER_SM": 3, "maxnreg": 80},
-                          _ALONE[True],
                           {"BLOCK_M": 256, "BLOCK_N": 64, "num_stages": 4, "PROGRAMS_PER_SM": 1}],
            "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 192, "num_stages": [3, 4], "FORM": 2},
                           {"BLOCK_M": 64, "BLOCK_N": 64, "FORM": 1},
@@ -67,7 +66,7 @@ _HOPPER_WINDOW: dict[bool, dict[str, Any]] = {
                             "SHARE_Q": True, "PROGRAMS_PER_SM": 1},
                            {"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2, "PROGRAMS_PER_SM": 1}, _ALONE[False]],
             "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 64, "FORM": 1},
-                           {"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 2}]},
+                           {"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 2, "SPLIT_GROUP": [1, 4]}]},
 }
 
 

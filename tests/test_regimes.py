@@ -13,6 +13,11 @@ from flash_sink_attn.heuristic import heuristic
 from flash_sink_attn.regimes import few_tiles, fits_ring, lends, recomputes, shares_group, slides
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
 
+
+def tokens(key: ShapeKey, n: int, **other: Any) -> ShapeKey:
+    return key._replace(seqlen_q=n, seqlen_k=n, **other)
+
+
 LIMITS = limits_of(90)
 CAUSAL = ShapeKey.fixed("bfloat16", 64, 64, 64, 8, None, 1, 4096, 4096)
 WINDOW = CAUSAL._replace(window=128)
@@ -20,13 +25,11 @@ WIDE = CAUSAL._replace(head_dim=128, head_dim_v=128)
 ADD, SHARED = HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128, 3, SPLIT_GROUP=2)
 RECOMPUTE, SLIDE = HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(64, 192, 4, FORM=2)
 PACKED = HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=80)
+ADD_WIDE, FOUR = HopperBwdConfig(64, 128), HopperBwdConfig(64, 128, SPLIT_GROUP=4)
+LONG = tokens(WIDE, 8192, heads_q=28, heads_kv=4, window=4096)
 ALONE = HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False)
 PACKED_FIVE = HopperFwdConfig(64, 64, 5, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=128)
 LARGE = HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1)
-
-
-def tokens(key: ShapeKey, n: int, **other: Any) -> ShapeKey:
-    return key._replace(seqlen_q=n, seqlen_k=n, **other)
 
 
 def entry(config: Any, measured: ShapeKey) -> Entry:
@@ -51,7 +54,13 @@ def entry(config: Any, measured: ShapeKey) -> Entry:
     (SLIDE, WINDOW, WINDOW._replace(seqlen_q=64), False), (RECOMPUTE, WINDOW._replace(window=200), WINDOW, False),
     (RECOMPUTE, WINDOW._replace(window=200), WINDOW._replace(window=512), True),
     (RECOMPUTE, WINDOW._replace(window=512), WINDOW._replace(window=513), False),
-    (RECOMPUTE, WIDE._replace(window=512), WIDE._replace(window=4096), True),
+    (RECOMPUTE, WIDE._replace(window=512), WIDE._replace(window=1024), True),
+    (RECOMPUTE, WIDE._replace(window=512), WIDE._replace(window=2048), False),
+    # few programs of unequal length, measured before they could share a group; and more of them
+    (ADD_WIDE, LONG._replace(seqlen_q=16384, seqlen_k=16384), LONG, False), (ADD_WIDE, LONG, LONG, False),
+    (FOUR, LONG, LONG._replace(window=3000), True), (ADD_WIDE, LONG, tokens(LONG, 32768), True),
+    # a window that hides nothing is none
+    (dataclasses.replace(RECOMPUTE, SPLIT_GROUP=2), tokens(WIDE, 1024), tokens(WIDE, 1100, window=4096), True),
     (PACKED, WINDOW, WINDOW._replace(window=129), True), (PACKED, WINDOW, WINDOW._replace(window=130), False),
     (PACKED, WINDOW, tokens(WINDOW, 1024), False),                          # all programs at once
     (LARGE, tokens(CAUSAL, 8192), tokens(CAUSAL, 5000), True), (LARGE, tokens(CAUSAL, 8192), CAUSAL, False),
@@ -128,6 +137,10 @@ def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
      HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2)),
     ("hopper_fwd", tokens(WIDE, 384), HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2)),
     ("hopper_fwd", tokens(WIDE, 2048), HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1)),
+    ("hopper_bwd", LONG, FOUR), ("hopper_bwd", LONG._replace(window=1024), RECOMPUTE),
+    ("hopper_bwd", tokens(LONG, 32768), ADD_WIDE), ("hopper_bwd", tokens(WIDE, 8192, window=4096), FOUR),
+    ("hopper_bwd", LONG._replace(heads_q=20), HopperBwdConfig(64, 128, SPLIT_GROUP=2)),  # four do not share five alike
+    ("hopper_bwd", tokens(LONG, 2048), dataclasses.replace(RECOMPUTE, SPLIT_GROUP=2)),
     ("hopper_bwd", WINDOW, SLIDE), ("hopper_bwd", tokens(CAUSAL, 2048), SHARED), ("hopper_bwd", CAUSAL, ADD),
 ])
 def test_the_heuristic_follows_them(kernel: Any, key: ShapeKey, wanted: Any) -> None:
