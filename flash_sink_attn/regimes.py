@@ -89,9 +89,9 @@ def loads_itself(key: ShapeKey) -> bool:
     """Whether the forward at head dim 128 is faster with three programs that load for themselves than with two that
     have a loader, or with larger tiles.
 
-    On an H200, of the next best: under windows of 128 and 256 with 28/4 heads 0.90 to 0.98 of the time, but 1.02 with
-    448 tiles of 64 rows and a window of 128; causal 0.96 to 1.00 with 512 to 1024 tiles, 1.05 and 1.11 with 224 and
-    448, 1.01 with 2048. Of a packed batch, whose places it has to find for itself, 1.07.
+    On an H200, of the next best: under windows of 128 and 256 with 28/4 heads 0.92 to 1.00 of the time, but 1.04 with
+    448 tiles of 64 rows and a window of 128; causal 0.98 and 0.96 with 512 and 1024 tiles, 1.13 and 1.06 with 320 and
+    448, 1.04 with 2048. Of a packed batch, whose tiles it has to find twice, 1.15.
     """
     tiles = _row_tiles(key)
     if (key.head_dim, key.head_dim_v) != (128, 128) or key.varlen:
@@ -101,8 +101,8 @@ def loads_itself(key: ShapeKey) -> bool:
 
 
 def few_rows(key: ShapeKey) -> bool:
-    """Whether a forward at head dim 128, with no window or a long one, has so few tiles that small ones are better: of
-    64 rows they took 0.85 and 0.93 of the time of 128 rows with 224 and 448 of them."""
+    """Whether a forward at head dim 128, with no window or a long one, has so few tiles that small ones are better:
+    64 rows took 0.92 and 0.97 of the time of 128 with 320 and 448 of them."""
     return ((key.head_dim, key.head_dim_v) == (128, 128) and not short_window(key)
             and _row_tiles(key) <= _FEW_ROW_TILES * PROGRAMS_AT_ONCE)
 
