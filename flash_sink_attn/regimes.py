@@ -20,7 +20,8 @@ from flash_sink_attn.tuned_table import Entry, ShapeKey
 PROGRAMS_AT_ONCE = 132  # multiprocessors of an H100
 # Adding dq up outside costs two launches more and a pass over it in float32, two more products per pair of tiles cost
 # by the window. At 8192 tokens the latter takes 1.04 of the time with 1024 keys at head dim 64; at head dim 128, with
-# 28/4 heads, 0.97 with 1024, 1.03 with 2048 and 1.05 with 4096. By whether the head dim is at most 64.
+# 28/4 heads, 0.97 with 1024, 1.03 with 2048 and 1.05 with 4096, of a version that took up to 5% longer. By whether the
+# head dim is at most 64.
 RECOMPUTE_WINDOW = {True: 512, False: 1400}
 # Where dq has to be added up in order otherwise, and at head dim 64 the order costs less than the products.
 _ORDERED_RECOMPUTE_WINDOW = {True: 512, False: 4096}
