@@ -25,6 +25,7 @@ PROGRAMS_AT_ONCE = 132  # multiprocessors of an H100
 RECOMPUTE_WINDOW = {True: 512, False: 1400}
 # Where dq has to be added up in order otherwise, and at head dim 64 the order costs less than the products.
 _ORDERED_RECOMPUTE_WINDOW = {True: 512, False: 4096}
+_SHARED_WINDOW = 1400  # of either head dim, see shares_in_window
 # From here on most blocks of keys need no mask, and large tiles read them less often.
 SHORT_WINDOW = 1024
 # Without a window, at head dims from 65 to 128. With up to 2048 tokens and 168 tiles of 128 keys making dq anew took
@@ -153,7 +154,7 @@ def shares_in_window(key: ShapeKey) -> bool:
     1.862 ms, 64/8 x 64 2.201, 2.161, 2.153 and 2.243; with a window of 2048 28/4 x 128 1.233, 1.246, 1.220 and 1.240,
     with 1024 0.728, 0.792, 0.791 and 0.830.
     """
-    return (hides_keys(key) and _can_share(key) and (key.window or 0) > RECOMPUTE_WINDOW[False]
+    return (hides_keys(key) and _can_share(key) and (key.window or 0) > _SHARED_WINDOW
             and _units(key) * _key_tiles(key) <= 4 * PROGRAMS_AT_ONCE)
 
 

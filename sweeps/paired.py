@@ -88,8 +88,8 @@ class Standing:
     Attributes:
         best: index of the fastest.
         ratios: each one's time over the best's, in the order given; exactly 1 for the best itself.
-        tied: indices of those that are not known to be slower, the best first, then by ratio.
-        decided: whether every rival is known to be slower, or as good within the margin.
+        tied: indices of those that are not known to be slower by more than the margin, the best first, then by ratio.
+        decided: whether every rival is known to be slower by more than that, or as good within it.
         half_width: of the widest undecided ratio, 0 where all are decided.
     """
 

@@ -45,7 +45,8 @@ class FinalSampling:
 
     Attributes:
         precision: blocks stop once half the interval of every undecided ratio is below this share; default 0.003.
-        tie_margin: rivals whose whole interval lies within 1 +- this share are as good as each other; default 0.003.
+        tie_margin: rivals whose whole interval lies within 1 +- this share are as good as each other, and one is slower
+            when its whole interval lies above; default 0.003.
         max_blocks: never more blocks (each entrant once, in random order); default 200.
         max_ms: blocks also stop after this time, milliseconds, flushes and spins included; default 300.
         warmup_ms: calls of each entrant before the first block, milliseconds; default 3.

@@ -147,6 +147,13 @@ def test_the_heuristic_follows_them(kernel: Any, key: ShapeKey, wanted: Any) -> 
     assert heuristic(kernel, key, LIMITS) == wanted
 
 
+def test_what_gives_the_same_bits_under_a_long_window() -> None:
+    assert heuristic("hopper_bwd", LONG, LIMITS, deterministic=True) == dataclasses.replace(RECOMPUTE, SPLIT_GROUP=2)
+    small = LONG._replace(head_dim=64, head_dim_v=64, heads_q=64, heads_kv=8)
+    ordered = HopperBwdConfig(64, 128, 3, SPLIT_GROUP=2, DETERMINISTIC=True)
+    assert heuristic("hopper_bwd", small, LIMITS, deterministic=True) == ordered
+
+
 def table(*entries: tuple[Any, ShapeKey, Any, float]) -> TunedTable:
     return TunedTable.build("h100", [Entry(kernel, key, config, ms, "fwd" if "fwd" in kernel else "bwd", None, "c", "r")
                                      for kernel, key, config, ms in entries], {"r": {}}, arch=90)

@@ -1,5 +1,5 @@
 """Forward of one warpgroup that loads for itself: 64 query rows, no warp beside it, so that three programs share a
-multiprocessor at head dim 128 and four or five at 64.
+multiprocessor at head dim 128 and four at 64.
 
 With a loader's warpgroup beside it a program takes twice the threads, and two fit at head dim 128: too few to hide what
 a short row is made of, a beginning and an end. Here one block of K and two of V are in shared memory, and what a step
@@ -9,8 +9,8 @@ also of that tile's q. The output leaves through the slot of the last V.
 
 Who waits for whom: the copy engine arrives at ``q_ready``, ``k_ready`` and ``v_ready``, and all threads wait for them
 before they use what came. Copies are started when all four warps have waited for the products that read the slots,
-hence the program's barrier in every step. Block j is the j-th use of K's slot and of both barriers, so that its parity
-is j % 2, and its V is in slot j % 2.
+hence the program's barrier in every step. Block j is the j-th use of ``k_ready`` and ``v_ready``, so that its parity at
+both is j % 2, and its V is in slot j % 2.
 """
 
 from __future__ import annotations
