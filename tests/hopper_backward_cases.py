@@ -98,10 +98,10 @@ class Case(ForwardCase):
 
 
 def case(of: tuple[int, HopperBwdConfig, int | None], **more: Any) -> Case:
-    """A call of a family, with a group of two unless something else is said."""
+    """A call of a family, with a group of two, or of as many as share it, unless something else is said."""
     head_dim, config, window = of
     return Case(head_dim, config.to_dict(), HEAD_DIM_V.get(head_dim, 0),
-                **{"heads_kv": 2, "group": 2, "window": window} | more)
+                **{"heads_kv": 2, "group": max(2, config.SPLIT_GROUP), "window": window} | more)
 
 
 def call(case: Case, x: AttentionInputs) -> dict[str, torch.Tensor]:
