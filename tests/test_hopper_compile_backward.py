@@ -36,6 +36,7 @@ import json, re, sys
 from flash_sink_attn.compile_only import set_target
 from flash_sink_attn.hopper import launch_backward, launch_forward
 from flash_sink_attn.machine_code import disassemble
+from flash_sink_attn.sass_check import register_fault
 from flash_sink_attn.sass_loops import matrix_loops
 from tests.compiling import build_and_listen
 from tests.hopper_backward_cases import Case, build
@@ -48,7 +49,7 @@ def look_at(compiled, warnings):
     loops = matrix_loops(sass)
     return dict(
         hgmma=len(re.findall(r"\\bHGMMA\\b", sass)), shared=compiled.metadata.shared, warnings=warnings,
-        serialised=sum(x.serialised for x in loops), spills=sum(x.spills for x in loops))
+        serialised=sum(x.serialised for x in loops), spills=sum(x.spills for x in loops), fault=register_fault(sass))
 
 def launch(kernel, *of, **how):
     compiled, warnings = build_and_listen(lambda: real(kernel, *of, **how))
@@ -89,6 +90,12 @@ def test_it_multiplies_on_the_tensor_cores_and_does_not_serialise(built: dict[st
         found = built[name][kernel]
         assert found["hgmma"] >= 12 and found["warnings"] == [], (kernel, found)
         assert not found["serialised"] and 0 < found["shared"] <= 232448 - 1024, (kernel, found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operands_that_stay_in_registers_are_not_overwritten(built: dict[str, Any], name: str) -> None:
+    """K at head dim 64, q and do at 128: what the launcher would have to do without, see launch_backward."""
+    assert {kernel: built[name][kernel]["fault"] for kernel in matrix(name)} == dict.fromkeys(matrix(name))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -123,6 +123,48 @@ def scratch_put(pointer, x):
                               "=r,l,l,l,l,f,f,f,f", [pointer, x], dtype=gl.int8, is_pure=False, pack=4)
 
 
+def _store_16() -> str:
+    """16 values ($20 .., two to a register) of two rows of a thread to where the first and the third pointer ($4, $6)
+    say, 16 bytes each; nothing where that is null.
+
+    Of 32 columns of a row each of four lanes has two in eight. They trade, neighbours first and then those two apart,
+    until each has eight that follow each other.
+    """
+    lines = ["mov.u32 l, %laneid; and.b32 s, l, 1; setp.ne.u32 odd, s, 0; and.b32 s, l, 2; setp.ne.u32 high, s, 0;"]
+    for row in (0, 1):
+        values = [f"${20 + 2 * i + row}" for i in range(4)]
+        for bit, upper, name in ((1, "odd", "v"), (2, "high", "o")):
+            traded = [f"{name}{i}" for i in range(4)]
+            for low in (i for i in range(4) if not i & bit):
+                high = low | bit
+                lines.append(f"selp.b32 s, {values[low]}, {values[high]}, {upper}; "
+                             f"shfl.sync.bfly.b32 s, s, {bit}, 0x1f, -1; "
+                             f"selp.b32 {traded[low]}, s, {values[low]}, {upper}; "
+                             f"selp.b32 {traded[high]}, {values[high]}, s, {upper};")
+            values = traded
+        pointer = f"${4 + 2 * row}"
+        lines.append(f"setp.ne.u64 p, {pointer}, 0; @p st.global.v4.b32 [{pointer}], {{{', '.join(values)}}};")
+    lines += [f"mov.b32 ${i}, 0;" for i in range(4)]
+    return "{ .reg .pred odd, high, p; .reg .b32 l, s, v0, v1, v2, v3, o0, o1, o2, o3; " + " ".join(lines) + " }"
+
+
+STORE_16: gl.constexpr = gl.constexpr(_store_16())
+STORE_16_OPERANDS: gl.constexpr = gl.constexpr(",".join(["=&r"] * 4 + ["l"] * 16 + ["r"] * 8))
+
+
+@gluon.jit
+def store_rows(pointer, row, inside, x, D: gl.constexpr, D_TRUE: gl.constexpr):
+    """Stores a (64, D) accumulator in half precision to rows of D_TRUE elements, 16 bytes a lane.
+
+    row, inside: (64, 1), the rows' numbers from ``pointer`` on and whether they are there.
+    """
+    column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, x.type.layout)), 0)
+    first = column // 32 * 32 + column % 8 // 2 * 8
+    at = pointer.to(gl.int64) + row * (D_TRUE * 2) + first * 2
+    at = gl.where(inside & (first < D_TRUE), at, gl.zeros_like(at))
+    gl.inline_asm_elementwise(STORE_16, STORE_16_OPERANDS, [at, x], dtype=gl.int8, is_pure=False, pack=16)
+
+
 @gluon.jit
 def sum_sinks(Part, DSinks, slots, heads_q, NUM_WARPS: gl.constexpr):
     """The programs sum the heads' parts of their sinks' gradients, each in one order."""

@@ -90,6 +90,16 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
 
 
 @gluon.jit
+def _start_dp(v, do, ready, phase, zero, rows, D: gl.constexpr, VARLEN: gl.constexpr):
+    """Starts dP^T = V dO^T once dO is there; rows: of the tile that belong to its sequence."""
+    mbarrier.wait(ready, phase)
+    if VARLEN:
+        if rows < 64:
+            zero_rows(do, rows, 64, D)
+    return warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _dq_product(ds_panels, k_panels, buffer, zero, COLUMN: gl.constexpr, WARPGROUPS: gl.constexpr, D: gl.constexpr):
     """Starts 64 columns of dQ = dS K: the sum over all warpgroups' keys."""
     dq = zero
@@ -104,12 +114,16 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
                   INDEX: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
                   D: gl.constexpr, D_TRUE: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
                   VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr, DQ_BY: gl.constexpr,
-                  ORDERED: gl.constexpr, ROUNDED: gl.constexpr):
+                  ORDERED: gl.constexpr, ROUNDED: gl.constexpr, KEEP: gl.constexpr):
     """Warpgroup number INDEX: 64 keys, their dK and dV in registers.
 
     DQ_BY 0: no dQ. 1: dS goes to the warpgroup of :func:`_compute_dq`. 2: these warpgroups themselves, 64 columns each,
     one tile late, so that none waits for the other's dS. ROUNDED: dS from P as it was rounded for dV; saves registers.
+    KEEP: K stays in registers, which spares shared memory a read of it for each tile.
     """
+    # With dQ, the order within a tile is what was fastest of those that were measured, see docs/hopper.md.
+    AHEAD: gl.constexpr = DQ_BY == 1 or not ORDERED  # the next tile's lse is loaded while its S is multiplied
+    LATE: gl.constexpr = DQ_BY == 2 and not ORDERED  # dP begins after the exponentials, and not beside them
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -119,6 +133,7 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    K_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
         cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED, 4)
     if ok:
@@ -151,31 +166,41 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
             if first_key + 64 > len_k:
                 zero_rows(k, len_k - first_key, 64, D)
                 zero_rows(v, len_k - first_key, 64, D)
+        k_operand = k
+        if KEEP:
+            k_operand = hold_half(k.load(K_LAYOUT))
         if DQ_BY:
             # S of the first tile; from then on each turn starts the next one's
             mbarrier.wait(q_ready.index(0), 0, pred=total > 0)
             if VARLEN:
                 if m * 64 + 64 > len_q:
                     zero_rows(q_smem.index(0).reshape([64, D]), len_q - m * 64, 64, D)
-            s = warpgroup_mma(k, q_smem.index(0).reshape([64, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma(k_operand, q_smem.index(0).reshape([64, D]).permute((1, 0)), zero, use_acc=False,
+                              is_async=True)
+            if AHEAD:
+                lse2 = lse_smem.index(0).load(ROW)
             s = warpgroup_mma_wait(0, deps=[s])
         for i in range(total):
             q = q_smem.index(slot).reshape([64, D])
             do = do_smem.index(slot).reshape([64, D])
             if DQ_BY:
-                mbarrier.wait(do_ready.index(slot), phase)
-                if VARLEN:
-                    if m * 64 + 64 > len_q:
-                        zero_rows(do, len_q - m * 64, 64, D)
-                dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-                p = probabilities(s, lse_smem.index(slot).load(ROW), key, row, m, first_key - offset, window,
-                                   scale_log2, WINDOW)
+                if not LATE:
+                    dp = _start_dp(v, do, do_ready.index(slot), phase, zero, len_q - m * 64, D, VARLEN)
+                if not AHEAD:
+                    lse2 = lse_smem.index(slot).load(ROW)
+                p = probabilities(s, lse2, key, row, m, first_key - offset, window, scale_log2, WINDOW)
                 p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
+                if LATE:
+                    dp = _start_dp(v, do, do_ready.index(slot), phase, zero, len_q - m * 64, D, VARLEN)
                 dv = warpgroup_mma(p16, do, dv, is_async=True)
+                if DQ_BY == 1:
+                    delta = delta_smem.index(slot).load(ROW)
                 dp = warpgroup_mma_wait(1, deps=[dp])
                 if ROUNDED:
                     p = gl.convert_layout(p16, S_LAYOUT).to(gl.float32)
-                ds = (p * (dp - gl.expand_dims(delta_smem.index(slot).load(ROW), 0))).to(dtype)
+                if DQ_BY == 2:
+                    delta = delta_smem.index(slot).load(ROW)
+                ds = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)
                 if DQ_BY == 1:
                     barrier_wait(ds_empty + buffer, buffer_phase)
                     ds_smem.index(buffer * WARPGROUPS + INDEX).store(ds)
@@ -205,8 +230,8 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
                 if DQ_BY == 2:
                     hold_half(p16)
                     hold_half(ds)
-                s = warpgroup_mma(k, q_smem.index(following).reshape([64, D]).permute((1, 0)), zero, use_acc=False,
-                                  is_async=True)
+                s = warpgroup_mma(k_operand, q_smem.index(following).reshape([64, D]).permute((1, 0)), zero,
+                                  use_acc=False, is_async=True)
                 if DQ_BY == 2:
                     barrier_arrive(do_empty + slot, True)
                     barrier_arrive(q_empty + slot, True)
@@ -223,6 +248,8 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
                     hold_half(ds)
                     barrier_arrive(do_empty + slot, True)
                     barrier_arrive(q_empty + slot, True)
+                if AHEAD:
+                    lse2 = lse_smem.index(following).load(ROW)
                 # not carried in flight over the back edge: ptxas would serialise all products (C7514)
                 s = warpgroup_mma_wait(0, deps=[s])
                 slot = following
@@ -347,7 +374,7 @@ def hopper_bwd_keys_kernel(
     GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr, BUFFERS: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr,
     DQ_BY: gl.constexpr, ORDERED: gl.constexpr, ROUNDED: gl.constexpr, REGISTERS: gl.constexpr,
-    DQ_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    DQ_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, KEEP: gl.constexpr,
 ):
     """One program per 64 * WARPGROUPS keys of a key head, and with SPLIT one for each share of the query heads.
 
@@ -421,10 +448,10 @@ def hopper_bwd_keys_kernel(
         gl.warp_specialize([
             (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED)),
+              ORDERED, ROUNDED, KEEP)),
             (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED)),
+              ORDERED, ROUNDED, KEEP)),
             (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
               WINDOW, TOGETHER, ORDERED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
@@ -438,10 +465,10 @@ def hopper_bwd_keys_kernel(
         gl.warp_specialize([
             (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED)),
+              ORDERED, ROUNDED, KEEP)),
             (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED)),
+              ORDERED, ROUNDED, KEEP)),
             (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
               WINDOW, TOGETHER, ORDERED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
@@ -451,7 +478,7 @@ def hopper_bwd_keys_kernel(
         gl.warp_specialize([
             (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED)),
+              ORDERED, ROUNDED, KEEP)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
         ], [1], [LOADER_REGISTERS])
@@ -459,10 +486,10 @@ def hopper_bwd_keys_kernel(
         gl.warp_specialize([
             (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED)),
+              ORDERED, ROUNDED, KEEP)),
             (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED)),
+              ORDERED, ROUNDED, KEEP)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
@@ -474,10 +501,10 @@ def hopper_bwd_keys_kernel(
         gl.warp_specialize([
             (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED)),
+              ORDERED, ROUNDED, KEEP)),
             (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED)),
+              ORDERED, ROUNDED, KEEP)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
         ], [4, 1], [REGISTERS, LOADER_REGISTERS])

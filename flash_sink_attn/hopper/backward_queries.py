@@ -19,6 +19,7 @@ from flash_sink_attn.hopper.backward_common import (
     above,
     find_padded,
     other_bounds,
+    store_rows,
     up_to,
     zero_rows,
 )
@@ -26,7 +27,6 @@ from flash_sink_attn.hopper.common import (
     LOG2E,
     advance,
     hold_half,
-    store_bulk,
 )
 
 
@@ -115,11 +115,28 @@ def _load_keys(q_desc, k_desc, v_desc, o_desc, do_desc, cu_q, cu_k, smem, bars, 
 
 
 @gluon.jit
-def _compute_queries(dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k, smem, bars, work, scale,
+def _head_statistics(Lse, DLse, Sinks, at, member, first_head, seqlen_q, inside, there):
+    """(lse, its gradient, the sink) of the group's head ``member`` where it is ``there``: to be loaded a head ahead,
+    since its first exponentials wait for them."""
+    at += member * seqlen_q.to(gl.int64)
+    lse = gl.load(Lse + at, mask=inside & there, other=float("inf"))
+    gradient = gl.zeros_like(lse)
+    if DLse is not None:
+        gradient = gl.load(DLse + at, mask=inside & there, other=0.0)
+    sink = 0.0
+    if Sinks is not None:
+        sink = gl.load(Sinks + first_head + member, mask=there, other=0.0).to(gl.float32)
+    return lse, gradient, sink
+
+
+@gluon.jit
+def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k, smem, bars, work, scale,
                      scale_log2, INDEX: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr,
                      SPLIT: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, BLOCK_N: gl.constexpr,
-                     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr):
-    """Warpgroup number INDEX: 64 queries of every WARPGROUPS-th head of a group."""
+                     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr,
+                     KEEP: gl.constexpr):
+    """Warpgroup number INDEX: 64 queries of every WARPGROUPS-th head of a group. KEEP: q and do stay in registers, so
+    that the next head's can come while this one's are used."""
     HEADS: gl.constexpr = (GROUP + SPLIT - 1) // SPLIT
     q_smem, o_smem, do_smem, k_smem, v_smem = smem
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
@@ -129,6 +146,7 @@ def _compute_queries(dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu
                                                        instr_shape=[16, BLOCK_N, 16])
     D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
+    Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ok, b, head, low, part, row0, offset, len_q, len_k, start_q, start_k, base, begin, blocks = _query_tile(
         cu_q, cu_k, work, WINDOW, VARLEN, BLOCK_N, SPLIT, HEADS, 4)
@@ -141,36 +159,45 @@ def _compute_queries(dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu
     phase = 0
     q_slot = 0
     q_phase = 0
+    high = gl.minimum(low + HEADS, GROUP)
+    # of the packed batch's tokens, or the sequence's, in one head after the other
+    row_at = (b * (heads_kv * GROUP) + head * GROUP) * seqlen_q.to(gl.int64) + start_q + token
+    lse, lse_gradient, sink = _head_statistics(Lse, DLse, Sinks, row_at, low + INDEX, head * GROUP, seqlen_q,
+                                            inside, ok & (low + INDEX < high))
     for i in range((HEADS + WARPGROUPS - 1) // WARPGROUPS):
         member = low + i * WARPGROUPS + INDEX
-        if member < gl.minimum(low + HEADS, GROUP):
+        if member < high:
             head_q = head * GROUP + member
             unit = b * (heads_kv * GROUP) + head_q
             if ok:
                 at = INDEX * Q_STAGES + q_slot
-                if VARLEN:
-                    lse_at = head_q * seqlen_q.to(gl.int64) + start_q + token
-                else:
-                    lse_at = unit * seqlen_q.to(gl.int64) + token
-                lse2 = gl.load(Lse + lse_at, mask=inside, other=float("inf")) * LOG2E
-                lse2 = gl.where(lse2 == float("-inf"), float("inf"), lse2)
-                lse_gradient = gl.zeros_like(lse2)
-                if DLse is not None:
-                    lse_gradient = gl.load(DLse + lse_at, mask=inside, other=0.0)
-                sink = 0.0
-                if Sinks is not None:
-                    sink = gl.load(Sinks + head_q).to(gl.float32) * LOG2E
+                lse2 = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+                sink2 = sink * LOG2E
+                gradient = lse_gradient
+                lse, lse_gradient, sink = _head_statistics(Lse, DLse, Sinks, row_at, member + WARPGROUPS, head * GROUP,
+                                                        seqlen_q, inside, member + WARPGROUPS < high)
                 mbarrier.wait(q_ready.index(at), q_phase)
                 o = o_smem.index(at).reshape([64, D])
                 do = do_smem.index(at).reshape([64, D])
                 q = q_smem.index(at).reshape([64, D])
-                delta = gl.sum(o.load(D_LAYOUT).to(gl.float32) * do.load(D_LAYOUT).to(gl.float32), 1)
-                delta = gl.where(inside, gl.convert_layout(delta, ROW) - lse_gradient, 0.0)
+                if KEEP:
+                    q_operand = hold_half(q.load(Q_LAYOUT))
+                    do_operand = hold_half(do.load(Q_LAYOUT))
+                    do16 = gl.convert_layout(do_operand, D_LAYOUT, assert_trivial=True)
+                else:
+                    q_operand = q
+                    do_operand = do
+                    do16 = do.load(D_LAYOUT)
+                delta = gl.sum(o.load(D_LAYOUT).to(gl.float32) * do16.to(gl.float32), 1)
+                if KEEP:
+                    # nobody reads these slots any more: the next head's rows come while this one is computed
+                    mbarrier.arrive(q_empty.index(at), count=1)
+                delta = gl.where(inside, gl.convert_layout(delta, ROW) - gradient, 0.0)
                 at_row = unit * rows.to(gl.int64) + base + token
                 gl.store(Delta + at_row, delta)
                 gl.store(Lse2 + at_row, lse2)
                 if Part is not None:
-                    gl.store(Part + head_q.to(gl.int64) * slots + part, -gl.sum(gl.exp2(sink - lse2) * delta, 0))
+                    gl.store(Part + head_q.to(gl.int64) * slots + part, -gl.sum(gl.exp2(sink2 - lse2) * delta, 0))
                 dq = gl.zeros([64, D], gl.float32, D_LAYOUT)
                 key = begin
                 for _ in range(blocks):
@@ -180,12 +207,12 @@ def _compute_queries(dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu
                     if VARLEN:
                         if key + BLOCK_N > len_k:
                             zero_rows(k, len_k - key, BLOCK_N, D)
-                    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    s = warpgroup_mma(q_operand, k.permute((1, 0)), zero, use_acc=False, is_async=True)
                     mbarrier.wait(v_ready.index(slot), phase)
                     if VARLEN:
                         if key + BLOCK_N > len_k:
                             zero_rows(v, len_k - key, BLOCK_N, D)
-                    dp = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    dp = warpgroup_mma(do_operand, v.permute((1, 0)), zero, use_acc=False, is_async=True)
                     s = warpgroup_mma_wait(1, deps=[s])
                     p = gl.exp2(s * scale_log2 - gl.expand_dims(lse2, 1))
                     if row0 + offset < key + (BLOCK_N - 1):
@@ -199,24 +226,19 @@ def _compute_queries(dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu
                     dq = warpgroup_mma(ds, k, dq, is_async=True)
                     dq = warpgroup_mma_wait(0, deps=[dq])
                     hold_half(ds)
+                    if KEEP:
+                        # up to here: ptxas has given their registers to others where nothing in the loop said so
+                        hold_half(q_operand)
+                        hold_half(do_operand)
                     mbarrier.arrive(k_empty.index(slot), count=1)
                     slot, phase = advance(slot, phase, STAGES)
                     key += BLOCK_N
                 dq *= scale
-                if VARLEN and row0 + 64 > len_q:
-                    # a copy of 64 rows would overwrite the next sequence's
-                    column_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, D_LAYOUT)), 0)
-                    out = gl.expand_dims(row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, D_LAYOUT)), 1)
-                    to = ((start_q + out).to(gl.int64) * (heads_kv * GROUP) + head_q) * D_TRUE + column_d
-                    gl.store(DQ + to, dq.to(dtype), mask=(out < len_q) & (column_d < D_TRUE))
-                else:
-                    # in O's place: each warp overwrites the rows of O that it has read itself
-                    o.store(dq.to(dtype))
-                    fence_async_shared()
-                    gl.thread_barrier()
-                    store_bulk(dq_desc, [b, start_q + row0, head_q, 0], o_smem.index(at))
-                    tma.store_wait(0)
-                mbarrier.arrive(q_empty.index(at), count=1)
+                out = gl.expand_dims(row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, D_LAYOUT)), 1)
+                rows_at = (b * seqlen_q + start_q + out).to(gl.int64) * (heads_kv * GROUP) + head_q
+                store_rows(DQ, rows_at, out < len_q, dq.to(dtype), D, D_TRUE)
+                if not KEEP:
+                    mbarrier.arrive(q_empty.index(at), count=1)
             elif Part is not None:
                 # a slot without a tile
                 gl.store(Part + head_q.to(gl.int64) * slots + part, 0.0)
@@ -234,11 +256,11 @@ def _compute_queries(dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "rows", "tiles", "section", "window",
                               "slots"])
 def hopper_bwd_queries_kernel(
-    q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, CuSeqlensQ, CuSeqlensK,
+    q_desc, k_desc, v_desc, o_desc, do_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, CuSeqlensQ, CuSeqlensK,
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, slots, scale, scale_log2,
     GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, WARPGROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr,
-    REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, KEEP: gl.constexpr,
 ):
     """One program per 64 queries, key head, and share of its group of query heads: dQ of these, and the statistics and
     parts of the sinks' gradient that hopper_bwd_keys_kernel reads."""
@@ -254,7 +276,7 @@ def hopper_bwd_queries_kernel(
     # Triton's barriers, not our own as in the other kernels: their 1 KiB of shared memory would be what keeps a second
     # program off the multiprocessor at head dim 128.
     # q_ready: one arrival, the loader's, and the bytes of q, o and do; the warpgroup of these slots waits, round r of a
-    # slot for parity r % 2. q_empty: one arrival, of that warpgroup, once the copy engine has read dQ out of O's place.
+    # slot for parity r % 2. q_empty: one arrival, of that warpgroup, once it has read q, o and do for the last time.
     # k_ready, v_ready: as q_ready, every warpgroup waits. k_empty, v_empty: one arrival of each warpgroup. The loader
     # waits for *_empty, at round r for parity (r + 1) % 2, which at round 0 is the one before the first.
     q_empty = gl.allocate_shared_memory(gl.int64, [WARPGROUPS * Q_STAGES, 1], mbarrier.MBarrierLayout())
@@ -275,20 +297,20 @@ def hopper_bwd_queries_kernel(
     work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
     if WARPGROUPS == 1:
         gl.warp_specialize([
-            (_compute_queries, (dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
+            (_compute_queries, (DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
               bars, work, scale, scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
-              WINDOW)),
+              WINDOW, KEEP)),
             (_load_keys, (q_desc, k_desc, v_desc, o_desc, do_desc, CuSeqlensQ, CuSeqlensK, smem, bars, work,
               WARPGROUPS, GROUP, SPLIT, BLOCK_N, STAGES, Q_STAGES, VARLEN, WINDOW)),
         ], [1], [LOADER_REGISTERS])
     else:
         gl.warp_specialize([
-            (_compute_queries, (dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
+            (_compute_queries, (DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
               bars, work, scale, scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
-              WINDOW)),
-            (_compute_queries, (dq_desc, DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
+              WINDOW, KEEP)),
+            (_compute_queries, (DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, CuSeqlensQ, CuSeqlensK, smem,
               bars, work, scale, scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, BLOCK_N, STAGES, Q_STAGES, VARLEN,
-              WINDOW)),
+              WINDOW, KEEP)),
             (_load_keys, (q_desc, k_desc, v_desc, o_desc, do_desc, CuSeqlensQ, CuSeqlensK, smem, bars, work,
               WARPGROUPS, GROUP, SPLIT, BLOCK_N, STAGES, Q_STAGES, VARLEN, WINDOW)),
         ], [4, 1], [REGISTERS, LOADER_REGISTERS])
