@@ -199,7 +199,7 @@ class HopperBwdConfig(_Config):
             heads at once.
         BLOCK_N: keys of a tile, 64 per warpgroup: 128 with FORM 0, 64 or 128 with FORM 1, 192 with FORM 2. At head dims
             above 128, which have FORM 0 only, 64 for two warpgroups.
-        num_stages: tiles of q and do that shared memory holds.
+        num_stages: tiles of q and do that shared memory holds, at least 2 with FORM 0 and 1.
         maxnreg: registers per thread of the kernel that makes dk and dv, a choice with FORM 1 and 64 keys only; None
             for the form's own number.
         FORM: 0 to add dq up outside the program (five products per pair of tiles), 1 to make it in a kernel of its own
@@ -528,8 +528,9 @@ def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
     if c.BLOCK_M == 128 and shape.group == 1:
         return "BLOCK_M 128 needs a group of two heads or more"
     width = hopper_bwd_width(shape.head_dim)
-    if form == HopperBwdForm.ACCUMULATE and c.num_stages < 2:
-        return f"num_stages must be at least 2 with FORM 0 (a tile begins before the last is done), got {c.num_stages}"
+    if form != HopperBwdForm.SLIDE and c.num_stages < 2:
+        return (f"num_stages must be at least 2 with FORM {c.FORM} (a tile begins before the last is done), got "
+                f"{c.num_stages}")
     return _hopper_bwd_counts_reason(c, form, width) or _hopper_bwd_shared_reason(c, form, width, shape.limits)
 
 

@@ -27,7 +27,7 @@ CASES["64-slide-no-sinks"] = case(FAMILIES["64-slide"], seqlen_q=4096, sinks="no
 # Kernels with a loop that multiplies and loads or stores what did not fit in registers: addresses, and at head dim 128
 # some of the masks' operands. What gets better has to leave this list.
 SPILLING = {"128-varlen": {"keys"}, "128-own-keys": {"keys"}, "128-ordered-window": {"keys"},
-            "128-recompute-split": {"keys"},
+            "128-recompute-own-keys": {"keys"},
             "64-slide-varlen": {"slide"}, "256-window": {"wide"}, "256-varlen": {"wide"}, "256-own-keys": {"wide"}}
 
 # In a process of its own: it must neither touch a GPU nor enter the interpreter.

@@ -121,9 +121,9 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
     one tile late, so that none waits for the other's dS. ROUNDED: dS from P as it was rounded for dV; saves registers.
     KEEP: K stays in registers, which spares shared memory a read of it for each tile.
     """
-    # With dQ, the order within a tile is what was fastest of those that were measured, see docs/hopper.md.
+    # The order within a tile is what was fastest of those that were measured, see docs/hopper.md.
     AHEAD: gl.constexpr = DQ_BY == 1 or not ORDERED  # the next tile's lse is loaded while its S is multiplied
-    LATE: gl.constexpr = DQ_BY == 2 and not ORDERED  # dP begins after the exponentials, and not beside them
+    LATE: gl.constexpr = DQ_BY != 1 and not ORDERED  # dP begins after the exponentials, and not beside them
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -169,127 +169,89 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
         k_operand = k
         if KEEP:
             k_operand = hold_half(k.load(K_LAYOUT))
-        if DQ_BY:
-            # S of the first tile; from then on each turn starts the next one's
-            mbarrier.wait(q_ready.index(0), 0, pred=total > 0)
-            if VARLEN:
-                if m * 64 + 64 > len_q:
-                    zero_rows(q_smem.index(0).reshape([64, D]), len_q - m * 64, 64, D)
-            s = warpgroup_mma(k_operand, q_smem.index(0).reshape([64, D]).permute((1, 0)), zero, use_acc=False,
-                              is_async=True)
-            if AHEAD:
-                lse2 = lse_smem.index(0).load(ROW)
-            s = warpgroup_mma_wait(0, deps=[s])
+        # S of the first tile; from then on each turn starts the next one's
+        mbarrier.wait(q_ready.index(0), 0, pred=total > 0)
+        if VARLEN:
+            if m * 64 + 64 > len_q:
+                zero_rows(q_smem.index(0).reshape([64, D]), len_q - m * 64, 64, D)
+        s = warpgroup_mma(k_operand, q_smem.index(0).reshape([64, D]).permute((1, 0)), zero, use_acc=False,
+                          is_async=True)
+        if AHEAD:
+            lse2 = lse_smem.index(0).load(ROW)
+        s = warpgroup_mma_wait(0, deps=[s])
         for i in range(total):
             q = q_smem.index(slot).reshape([64, D])
             do = do_smem.index(slot).reshape([64, D])
-            if DQ_BY:
-                if not LATE:
-                    dp = _start_dp(v, do, do_ready.index(slot), phase, zero, len_q - m * 64, D, VARLEN)
-                if not AHEAD:
-                    lse2 = lse_smem.index(slot).load(ROW)
-                p = probabilities(s, lse2, key, row, m, first_key - offset, window, scale_log2, WINDOW)
-                p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
-                if LATE:
-                    dp = _start_dp(v, do, do_ready.index(slot), phase, zero, len_q - m * 64, D, VARLEN)
-                dv = warpgroup_mma(p16, do, dv, is_async=True)
-                if DQ_BY == 1:
-                    delta = delta_smem.index(slot).load(ROW)
-                dp = warpgroup_mma_wait(1, deps=[dp])
-                if ROUNDED:
-                    p = gl.convert_layout(p16, S_LAYOUT).to(gl.float32)
-                if DQ_BY == 2:
-                    delta = delta_smem.index(slot).load(ROW)
-                ds = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)
-                if DQ_BY == 1:
-                    barrier_wait(ds_empty + buffer, buffer_phase)
-                    ds_smem.index(buffer * WARPGROUPS + INDEX).store(ds)
-                    fence_async_shared()
-                    barrier_arrive(ds_ready + buffer, True)
-                    buffer, buffer_phase = advance(buffer, buffer_phase, BUFFERS)
-                else:
-                    ds_smem.index(((i + 1) & 3) * WARPGROUPS + INDEX).store(ds)
-                    fence_async_shared()
-                    barrier_arrive(ds_ready + ((i + 1) & 3), True)
-                ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
-                dk = warpgroup_mma(ds, q, dk, is_async=True)
-                current = tile0 + g * head_rows + m
-                m, g, left = next_tile(m, g, left, course, TOGETHER)
-                following, following_phase = advance(slot, phase, STAGES)
-                if DQ_BY == 2:
-                    barrier_wait(ds_ready + (i & 3), (i >> 2) & 1)
-                    dq = _dq_product(ds_panels, k_panels, i & 3, zero, INDEX, WARPGROUPS, D)
-                    mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
-                    dv, dk = warpgroup_mma_wait(WARPGROUPS, deps=[dv, dk])
-                else:
-                    mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
-                if VARLEN:
-                    # not after the last tile: the other warpgroup may still read that slot
-                    if (i + 1 < total) & (m * 64 + 64 > len_q):
-                        zero_rows(q_smem.index(following).reshape([64, D]), len_q - m * 64, 64, D)
-                if DQ_BY == 2:
-                    hold_half(p16)
-                    hold_half(ds)
-                s = warpgroup_mma(k_operand, q_smem.index(following).reshape([64, D]).permute((1, 0)), zero,
-                                  use_acc=False, is_async=True)
-                if DQ_BY == 2:
-                    barrier_arrive(do_empty + slot, True)
-                    barrier_arrive(q_empty + slot, True)
-                    dq = warpgroup_mma_wait(1, deps=[dq])
-                    if ORDERED:
-                        barrier_wait(turn + i % TURNS, i // TURNS & 1)
-                    scratch_add_64(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
-                    if ORDERED:
-                        barrier_arrive(added + i % TURNS, True)
-                    before = current
-                else:
-                    dv, dk = warpgroup_mma_wait(1, deps=[dv, dk])
-                    hold_half(p16)
-                    hold_half(ds)
-                    barrier_arrive(do_empty + slot, True)
-                    barrier_arrive(q_empty + slot, True)
-                if AHEAD:
-                    lse2 = lse_smem.index(following).load(ROW)
-                # not carried in flight over the back edge: ptxas would serialise all products (C7514)
-                s = warpgroup_mma_wait(0, deps=[s])
-                slot = following
-                phase = following_phase
+            if not LATE:
+                dp = _start_dp(v, do, do_ready.index(slot), phase, zero, len_q - m * 64, D, VARLEN)
+            if not AHEAD:
+                lse2 = lse_smem.index(slot).load(ROW)
+            p = probabilities(s, lse2, key, row, m, first_key - offset, window, scale_log2, WINDOW)
+            p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
+            if LATE:
+                dp = _start_dp(v, do, do_ready.index(slot), phase, zero, len_q - m * 64, D, VARLEN)
+            dv = warpgroup_mma(p16, do, dv, is_async=True)
+            if DQ_BY == 1:
+                delta = delta_smem.index(slot).load(ROW)
+            dp = warpgroup_mma_wait(1, deps=[dp])
+            if ROUNDED:
+                p = gl.convert_layout(p16, S_LAYOUT).to(gl.float32)
+            if DQ_BY != 1:
+                delta = delta_smem.index(slot).load(ROW)
+            ds = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)
+            if DQ_BY == 1:
+                barrier_wait(ds_empty + buffer, buffer_phase)
+                ds_smem.index(buffer * WARPGROUPS + INDEX).store(ds)
+                fence_async_shared()
+                barrier_arrive(ds_ready + buffer, True)
+                buffer, buffer_phase = advance(buffer, buffer_phase, BUFFERS)
+            elif DQ_BY == 2:
+                ds_smem.index(((i + 1) & 3) * WARPGROUPS + INDEX).store(ds)
+                fence_async_shared()
+                barrier_arrive(ds_ready + ((i + 1) & 3), True)
+            ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
+            dk = warpgroup_mma(ds, q, dk, is_async=True)
+            current = tile0 + g * head_rows + m
+            m, g, left = next_tile(m, g, left, course, TOGETHER)
+            following, following_phase = advance(slot, phase, STAGES)
+            if DQ_BY == 2:
+                barrier_wait(ds_ready + (i & 3), (i >> 2) & 1)
+                dq = _dq_product(ds_panels, k_panels, i & 3, zero, INDEX, WARPGROUPS, D)
+                mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
+                dv, dk = warpgroup_mma_wait(WARPGROUPS, deps=[dv, dk])
             else:
-                mbarrier.wait(q_ready.index(slot), phase)
-                visible = m * 64 + 63 >= first_key - offset
-                if WINDOW:
-                    visible = visible & (m * 64 < first_key - offset + 63 + window)
-                if visible:
-                    if VARLEN:
-                        if m * 64 + 64 > len_q:
-                            zero_rows(q, len_q - m * 64, 64, D)
-                    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-                    mbarrier.wait(do_ready.index(slot), phase)
-                    if VARLEN:
-                        if m * 64 + 64 > len_q:
-                            zero_rows(do, len_q - m * 64, 64, D)
-                    dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-                    s = warpgroup_mma_wait(1, deps=[s])
-                    p = probabilities(s, lse_smem.index(slot).load(ROW), key, row, m, first_key - offset, window,
-                                       scale_log2, WINDOW)
-                    p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
-                    dv = warpgroup_mma(p16, do, dv, is_async=True)
-                    dp = warpgroup_mma_wait(1, deps=[dp])
-                    if ROUNDED:
-                        p = gl.convert_layout(p16, S_LAYOUT).to(gl.float32)
-                    ds = (p * (dp - gl.expand_dims(delta_smem.index(slot).load(ROW), 0))).to(dtype)
-                    ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
-                    dk = warpgroup_mma(ds, q, dk, is_async=True)
-                    dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
-                    hold_half(p16)
-                    hold_half(ds)
-                else:
-                    # not to be handed back before it was filled: an arrival would count for the round before
-                    mbarrier.wait(do_ready.index(slot), phase)
+                mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
+            if VARLEN:
+                # not after the last tile: the other warpgroup may still read that slot
+                if (i + 1 < total) & (m * 64 + 64 > len_q):
+                    zero_rows(q_smem.index(following).reshape([64, D]), len_q - m * 64, 64, D)
+            if DQ_BY == 2:
+                hold_half(p16)
+                hold_half(ds)
+            s = warpgroup_mma(k_operand, q_smem.index(following).reshape([64, D]).permute((1, 0)), zero,
+                              use_acc=False, is_async=True)
+            if DQ_BY == 2:
                 barrier_arrive(do_empty + slot, True)
                 barrier_arrive(q_empty + slot, True)
-                slot, phase = advance(slot, phase, STAGES)
-                m, g, left = next_tile(m, g, left, course, TOGETHER)
+                dq = warpgroup_mma_wait(1, deps=[dq])
+                if ORDERED:
+                    barrier_wait(turn + i % TURNS, i // TURNS & 1)
+                scratch_add_64(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
+                if ORDERED:
+                    barrier_arrive(added + i % TURNS, True)
+                before = current
+            else:
+                dv, dk = warpgroup_mma_wait(1, deps=[dv, dk])
+                hold_half(p16)
+                hold_half(ds)
+                barrier_arrive(do_empty + slot, True)
+                barrier_arrive(q_empty + slot, True)
+            if AHEAD:
+                lse2 = lse_smem.index(following).load(ROW)
+            # not carried in flight over the back edge: ptxas would serialise all products (C7514)
+            s = warpgroup_mma_wait(0, deps=[s])
+            slot = following
+            phase = following_phase
         if DQ_BY == 2:
             barrier_wait(ds_ready + (total & 3), (total >> 2) & 1)
             dq = _dq_product(ds_panels, k_panels, total & 3, zero, INDEX, WARPGROUPS, D)
