@@ -26,6 +26,9 @@ RECOMPUTE_WINDOW = {True: 512, False: 1400}
 # Where dq has to be added up in order otherwise, and at head dim 64 the order costs less than the products.
 _ORDERED_RECOMPUTE_WINDOW = {True: 512, False: 4096}
 _SHARED_WINDOW = 1400  # of either head dim, see shares_in_window
+# With 64/8 heads x 64 on an H200 two programs for each group took 0.98 of the time at 16384 tokens, 0.97 at 32768, and
+# 1.01 to 1.06 at 8192.
+_LONG_SEQUENCE = 16384
 # From here on most blocks of keys need no mask, and large tiles read them less often.
 SHORT_WINDOW = 1024
 # Without a window, at head dims from 65 to 128. With up to 2048 tokens and 168 tiles of 128 keys making dq anew took
@@ -141,9 +144,12 @@ def shares_group(key: ShapeKey) -> bool:
     next take over one by one and end together: two sections take as long as the longest program, and so does a last one
     alone. Two programs for a group take half as long each, in twice as many sections. At 2048 tokens with 64/8 heads
     (one section) 0.254 ms instead of 0.367 at head dim 64, at 5120 tokens with 32/8 heads (three) 0.699 instead of
-    0.847, and at 3001 with 64/8 heads (two) 0.578 instead of 0.575.
+    0.847, and at 3001 with 64/8 heads (two) 0.578 instead of 0.575. Long sequences at head dim 64 gain though their
+    sections say nothing of it, see _LONG_SEQUENCE.
     """
-    return not hides_keys(key) and _can_share(key) and _longest_programs(key, 2) < _longest_programs(key, 1)
+    long = small_dims(key) and key.seqlen_k >= _LONG_SEQUENCE
+    return not hides_keys(key) and _can_share(key) and (
+        long or _longest_programs(key, 2) < _longest_programs(key, 1))
 
 
 def shares_in_window(key: ShapeKey) -> bool:

@@ -45,6 +45,7 @@ FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
     "128-ordered": (128, ORDERED_128, None),
     "128-ordered-window": (128, ORDERED_128, 300),
     "64-split": (64, dataclasses.replace(ACCUMULATE_64, SPLIT_GROUP=2), None),
+    "64-ordered-split": (64, dataclasses.replace(ORDERED_64, SPLIT_GROUP=2), None),
     "128-ordered-split": (128, dataclasses.replace(ORDERED_128, SPLIT_GROUP=2), None),
     "64-split-four-window": (64, dataclasses.replace(ACCUMULATE_64, SPLIT_GROUP=4), 300),
     "128-split-four": (128, dataclasses.replace(ACCUMULATE_128, SPLIT_GROUP=4), None),

@@ -93,6 +93,8 @@ def test_the_kinds_follow_the_call() -> None:
     # three sections of heads that run at once, the last one alone; two; and as many as the card runs in one
     assert shares_group(tokens(CAUSAL, 5120, heads_q=32)) and not shares_group(tokens(CAUSAL, 3001))
     assert shares_group(tokens(CAUSAL, 5120, heads_q=24, heads_kv=3))
+    assert shares_group(tokens(CAUSAL, 16384)) and not shares_group(tokens(WIDE, 16384))
+    assert not shares_group(tokens(CAUSAL, 16384, heads_kv=64))
     shares_group(tokens(CAUSAL, 0))  # no keys, no error
     assert few_tiles(tokens(CAUSAL, 1111)) and not few_tiles(tokens(CAUSAL, 1500))
     assert not few_tiles(tokens(WIDE, 256)) and not few_tiles(tokens(WINDOW, 256))

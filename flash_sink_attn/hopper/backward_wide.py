@@ -169,10 +169,10 @@ def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log
                 if D2:
                     zero_rows(q2_smem.index(0).reshape([64, D2]), len_q - m * 64, 64, D2)
         s = _scores(smem, 0, zero, D, D2)
+        lse2 = lse_smem.index(0).load(ROW)
         s = warpgroup_mma_wait(0, deps=[s])
         for i in range(total):
-            p = probabilities(s, lse_smem.index(slot).load(ROW), key, row, m, first_key - offset, window, scale_log2,
-                               WINDOW).to(dtype)
+            p = probabilities(s, lse2, key, row, m, first_key - offset, window, scale_log2, WINDOW).to(dtype)
             p_smem.store(p)
             barrier_arrive(p_ready, True)
             barrier_arrive(q_empty + slot, True)
@@ -207,6 +207,7 @@ def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log
             s = _scores(smem, following, zero, D, D2)
             dq = warpgroup_mma_wait(2 if D2 else 1, deps=[dq])
             scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
+            lse2 = lse_smem.index(following).load(ROW)
             # not carried in flight over the back edge: ptxas would serialise all products (C7514)
             s = warpgroup_mma_wait(0, deps=[s])
             slot = following
