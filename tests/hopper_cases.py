@@ -273,7 +273,8 @@ def kernel_name(kernel: Any, runtime: Sequence[Any], constants: Mapping[str, Any
     """Names what a launch compiles: equal for launches that share a kernel, and its function's name comes first."""
     kinds = [(x.base.dtype, x.block_shape) if hasattr(x, "block_shape") else getattr(x, "dtype", type(x))
              for x in runtime]
-    return f"{kernel.__name__} {kinds} {dict(constants)} {dict(how)}"
+    options = {name: x for name, x in how.items() if name != "check"}  # that is asked of what was compiled
+    return f"{kernel.__name__} {kinds} {dict(constants)} {options}"
 
 
 @contextlib.contextmanager

@@ -231,17 +231,19 @@ def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) 
     return compiled
 
 
+def _overwritten(compiled: Any) -> str | None:
+    """Why what stays in registers does not, or None."""
+    if fault := fault_of(compiled):
+        logger.warning("%s: its first operands come from shared memory, since %s", compiled.metadata.name, fault)
+    return fault
+
+
 def _launch_keeping(keep: bool, kernel: Any, programs: int, device: torch.device, runtime: Sequence[Any],
                     constants: Mapping[str, Any], maxnreg: int) -> Any:
     """Launch a kernel with KEEP where ``keep``, or without it where the compiler's code for that is wrong."""
-    def check(compiled: Any) -> str | None:
-        if fault := fault_of(compiled):
-            logger.warning("%s: its first operands come from shared memory, since %s", kernel.__name__, fault)
-        return fault
-
     def launched(keep: bool) -> Any:
         return launch(kernel, programs, device, runtime, {**constants, "KEEP": keep}, num_warps=4, maxnreg=maxnreg,
-                      check=check if keep else None)
+                      check=_overwritten if keep else None)
 
     try:
         return launched(keep)
