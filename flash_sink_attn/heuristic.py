@@ -53,6 +53,7 @@ _HOPPER_FWD_SMALL_DIM_FEW_KEYS = (HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1)
 _HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2),
                       HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2))
 _HOPPER_FWD_ALONE = (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False),)
+_HOPPER_FWD_ALONE_SMALL_DIM = (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=4, LOADER=False, maxnreg=128),)
 _HOPPER_FWD_FEW_ROWS = (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2),)
 # With a second tile of q of 192 columns two programs no longer fit a multiprocessor: 0.137 ms, without 0.107.
 _HOPPER_FWD_WINDOW_LARGE_DIM = (HopperFwdConfig(64, 64, SHARE_Q=True, PROGRAMS_PER_SM=2),)
@@ -164,7 +165,7 @@ def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
     small = small_dims(key)
     special: tuple[HopperFwdConfig, ...]
     if loads_itself(key):
-        special = _HOPPER_FWD_ALONE
+        special = _HOPPER_FWD_ALONE_SMALL_DIM if small else _HOPPER_FWD_ALONE
     elif few_rows(key):
         special = _HOPPER_FWD_FEW_ROWS
     elif short_window(key):
@@ -184,8 +185,12 @@ def _hopper_backwards(key: ShapeKey, deterministic: bool) -> tuple[HopperBwdConf
         again = (*(dataclasses.replace(c, SPLIT_GROUP=2) for c in again), *again)
     candidates = (*(_HOPPER_BWD_SLIDE if slides(key) else ()), *again,
                   *(_HOPPER_BWD_SMALL_DIM if small_dims(key) else ()), *_HOPPER_BWD, *_HOPPER_BWD_LARGE_DIM)
-    # four programs whose turns are in order have not been checked on a card
-    programs = (2,) if shares_group(key) else (4, 2)[deterministic:] if shares_in_window(key) else ()
+    programs: tuple[int, ...] = ()
+    if shares_group(key):
+        programs = (2,)
+    elif shares_in_window(key):
+        # four programs whose turns are in order have not been checked on a card
+        programs = (2,) if deterministic or recomputes(key) else (4, 2)
     candidates = (*(dataclasses.replace(c, SPLIT_GROUP=n) for n in programs for c in candidates), *candidates)
     return tuple(config for config in candidates if not deterministic or reproducible(config))
 

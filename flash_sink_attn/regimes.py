@@ -26,9 +26,13 @@ RECOMPUTE_WINDOW = {True: 512, False: 1400}
 # Where dq has to be added up in order otherwise, and at head dim 64 the order costs less than the products.
 _ORDERED_RECOMPUTE_WINDOW = {True: 512, False: 4096}
 _SHARED_WINDOW = 1400  # of either head dim, see shares_in_window
-# With 64/8 heads x 64 on an H200 two programs for each group took 0.98 of the time at 16384 tokens, 0.97 at 32768, and
-# 1.01 to 1.06 at 8192.
+_COST_OF_HALVES = 1.15  # see rounds_gain
+# Where the sections say nothing, with 64/8 heads on an H200: two programs for each group took 0.99, 0.97 and 0.97 of
+# the time with 16384 tokens at head dim 64, 32768 there and 16384 at 128, where a section has 97% of the
+# multiprocessors, and 0.93, 0.95 and 0.97 with 6100 and 13000 tokens at head dim 64 and 7300 at 128, where it has 73 to
+# 86%. With 97% and 4096 and 8192 tokens it was 1.00 to 1.04.
 _LONG_SEQUENCE = 16384
+_FULL_SECTION = 0.9
 # From here on most blocks of keys need no mask, and large tiles read them less often.
 SHORT_WINDOW = 1024
 # Without a window, at head dims from 65 to 128. With up to 2048 tokens and 168 tiles of 128 keys making dq anew took
@@ -91,18 +95,25 @@ def wants_more_at_once(key: ShapeKey) -> bool:
 
 
 def loads_itself(key: ShapeKey) -> bool:
-    """Whether the forward at head dim 128 is faster with three programs that load for themselves than with two that
-    have a loader, or with larger tiles.
+    """Whether the forward is faster with programs of 64 rows that load for themselves, three or four of which share a
+    multiprocessor, than with a loader, or with larger tiles.
 
-    On an H200, of the next best: under windows of 128 and 256 with 28/4 heads 0.92 to 1.00 of the time, but 1.04 with
-    448 tiles of 64 rows and a window of 128; causal 0.98 and 0.96 with 512 and 1024 tiles, 1.13 and 1.06 with 320 and
-    448, 1.04 with 2048. Of a packed batch, whose tiles it has to find twice, 1.15.
+    On an H200, of the next best: at head dim 128 under windows of 128 and 256 with 28/4 heads 0.92 to 1.00 of the time,
+    but 1.04 with 448 tiles of 64 rows and a window of 128; causal 0.98, 0.94, 0.96, 0.95 and 0.91 with 512, 704, 1024,
+    1152 and 1232 tiles, 1.13, 1.06, 1.04 and 1.03 with 320, 448, 528 and 1056, 1.04 with 2048. At head dim 64 causal
+    0.92 to 0.97 with 920 to 1288 tiles of 1024 to 1450 tokens, 1.04 with 2048. Of a packed batch, whose tiles it has to
+    find twice, 1.15.
     """
-    tiles = _row_tiles(key)
-    if (key.head_dim, key.head_dim_v) != (128, 128) or key.varlen:
+    tiles, dims = _row_tiles(key), (key.head_dim, key.head_dim_v)
+    if key.varlen:
+        return False
+    if dims == (64, 64):
+        return not hides_keys(key) and key.seqlen_k <= _SHORT_SEQUENCE and (
+            6 * PROGRAMS_AT_ONCE < tiles <= 10 * PROGRAMS_AT_ONCE)
+    if dims != (128, 128):
         return False
     return tiles > 3 * PROGRAMS_AT_ONCE if short_window(key) else (
-        _FEW_ROW_TILES * PROGRAMS_AT_ONCE < tiles <= 8.5 * PROGRAMS_AT_ONCE)
+        _FEW_ROW_TILES * PROGRAMS_AT_ONCE < tiles <= 9.5 * PROGRAMS_AT_ONCE)
 
 
 def few_rows(key: ShapeKey) -> bool:
@@ -121,10 +132,12 @@ def slides(key: ShapeKey) -> bool:
 def few_tiles(key: ShapeKey) -> bool:
     """Whether the forward at head dims up to 64 has so few tiles of 192 rows that the card runs them in three rounds.
 
-    The portable kernel's tiles of 64 rows were 2 to 12% faster in five such shapes without a window.
+    The portable kernel's tiles of 64 rows were 2 to 15% faster in seven such shapes without a window, of up to 1450
+    tokens; with 5050 tokens and 324 tiles they were 23% slower.
     """
     tiles = key.batch * key.heads_q * -(-key.seqlen_q // 192)
-    return small_dims(key) and not short_window(key) and tiles <= 3 * PROGRAMS_AT_ONCE
+    return (small_dims(key) and not short_window(key) and not loads_itself(key) and key.seqlen_k <= _SHORT_SEQUENCE
+            and tiles <= 3 * PROGRAMS_AT_ONCE)
 
 
 def recomputes(key: ShapeKey, deterministic: bool = False) -> bool:
@@ -134,7 +147,21 @@ def recomputes(key: ShapeKey, deterministic: bool = False) -> bool:
         return key.window <= (_ORDERED_RECOMPUTE_WINDOW if deterministic else RECOMPUTE_WINDOW)[small_dims(key)]
     middle = not small_dims(key) and max(key.head_dim, key.head_dim_v) <= 128
     short = key.seqlen_k <= _SHORT_SEQUENCE and _units(key) * _key_tiles(key) <= 3 * PROGRAMS_AT_ONCE
-    return middle and (short or _group(key) == 1)
+    return middle and (short or _group(key) == 1 or _waits_for_few(key))
+
+
+def _waits_for_few(key: ShapeKey) -> bool:
+    """Whether adding dq up keeps the card waiting for its longest programs, shared or not, and making it anew does not.
+
+    With 24/4 heads x 128 at 4900 tokens 156 programs took 0.991 ms, 312 half as long 0.990, and making dq anew 0.806:
+    by arithmetic 59% of the card was busy. Where 79% are (48/8) it was the same, and with 32/2 heads, where the
+    programs that make dq anew do not fill the card either, 1.07.
+    """
+    busy = _units(key) * _key_tiles(key) / 2 / PROGRAMS_AT_ONCE
+    longest = min(_longest_programs(key, 1), _longest_programs(key, 2))
+    # of 64 keys, two for each group, two of them on a multiprocessor, and half as long in the mean as the longest
+    anew = _units(key) * -(-key.seqlen_k // 64) / 2 / PROGRAMS_AT_ONCE
+    return _can_share(key) and busy < 0.65 * longest and anew > 0.8
 
 
 def shares_group(key: ShapeKey) -> bool:
@@ -144,31 +171,52 @@ def shares_group(key: ShapeKey) -> bool:
     next take over one by one and end together: two sections take as long as the longest program, and so does a last one
     alone. Two programs for a group take half as long each, in twice as many sections. At 2048 tokens with 64/8 heads
     (one section) 0.254 ms instead of 0.367 at head dim 64, at 5120 tokens with 32/8 heads (three) 0.699 instead of
-    0.847, and at 3001 with 64/8 heads (two) 0.578 instead of 0.575. Long sequences at head dim 64 gain though their
-    sections say nothing of it, see _LONG_SEQUENCE.
+    0.847, and at 3001 with 64/8 heads (two) 0.578 instead of 0.575. Where it is the same, see _LONG_SEQUENCE.
     """
-    long = small_dims(key) and key.seqlen_k >= _LONG_SEQUENCE
-    return not hides_keys(key) and _can_share(key) and (
-        long or _longest_programs(key, 2) < _longest_programs(key, 1))
+    if hides_keys(key) or not _can_share(key):
+        return False
+    one, two = _longest_programs(key, 1), _longest_programs(key, 2)
+    fills = _section(key) * _key_tiles(key) > _FULL_SECTION * PROGRAMS_AT_ONCE
+    return two < one or (two == one and (key.seqlen_k >= _LONG_SEQUENCE or not fills))
 
 
 def shares_in_window(key: ShapeKey) -> bool:
-    """Whether a backward under a long window is faster with several programs for each group at the same keys.
+    """Whether a backward under a window is faster with several programs for each group at the same keys.
 
-    The last keys are seen by few queries, and with few programs the card waits for the longest ones. At 8192 tokens
-    with a window of 4096, of one program, two, four, and one for each head: 28/4 heads x 128 2.218, 1.958, 1.866 and
-    1.862 ms, 64/8 x 64 2.201, 2.161, 2.153 and 2.243; with a window of 2048 28/4 x 128 1.233, 1.246, 1.220 and 1.240,
-    with 1024 0.728, 0.792, 0.791 and 0.830.
+    Under a long one the last keys are seen by few queries, and with few programs the card waits for the longest ones.
+    At 8192 tokens with a window of 4096, of one program, two, four, and one for each head: 28/4 heads x 128 2.218,
+    1.958, 1.866 and 1.862 ms, 64/8 x 64 2.201, 2.161, 2.153 and 2.243; with a window of 2048 28/4 x 128 1.233, 1.246,
+    1.220 and 1.240, with 1024 0.728, 0.792, 0.791 and 0.830. Under a short one see rounds_gain.
     """
-    return (hides_keys(key) and _can_share(key) and (key.window or 0) > _SHARED_WINDOW
-            and _units(key) * _key_tiles(key) <= 4 * PROGRAMS_AT_ONCE)
+    if not hides_keys(key) or not _can_share(key):
+        return False
+    if (key.window or 0) > _SHARED_WINDOW:
+        return _units(key) * _key_tiles(key) <= 4 * PROGRAMS_AT_ONCE
+    return not small_dims(key) and recomputes(key) and rounds_gain(key)
+
+
+def rounds_gain(key: ShapeKey) -> bool:
+    """Whether programs of equal length at head dims above 64, 64 keys each, are done sooner in twice as many halves.
+
+    Two of them run on a multiprocessor, and all take about as long. With 28/4 heads x 128 and a window of 256
+    half a round became a quarter at 1024 tokens (0.065 ms instead of 0.091), with 24/4 and 300 at 5700 two rounds three
+    halves (0.214 instead of 0.236); where it stayed at one, two and four rounds halves took 1.21, 1.02 and 1.15 of the
+    time.
+    """
+    programs = 0 if key.varlen else _units(key) * -(-key.seqlen_k // 64)
+    at_once = 2 * PROGRAMS_AT_ONCE
+    return 0 < _COST_OF_HALVES * -(-2 * programs // at_once) / 2 < -(-programs // at_once)
 
 
 def _longest_programs(key: ShapeKey, split: int) -> float:
     """Time of a backward over that of the longest of its programs without sharing."""
-    section = max(1, PROGRAMS_AT_ONCE // max(1, _key_tiles(key)))
-    sections = (_units(key) * split + section - 1) // section
+    sections = -(-_units(key) * split // _section(key))
     return (sections + 1) // 2 / split
+
+
+def _section(key: ShapeKey) -> int:
+    """Heads, or shares of their groups, whose programs start together."""
+    return max(1, PROGRAMS_AT_ONCE // max(1, _key_tiles(key)))
 
 
 def _units(key: ShapeKey) -> int:
@@ -197,6 +245,8 @@ def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
             return False
         if idles(config, measured) != idles(config, key):
             return False
+        if loads_itself(measured) != loads_itself(key):
+            return False
         same = short_window(measured) == short_window(key)
         # short windows see few keys, whatever the sequence
         return same and (short_window(key) or not small_dims(key) or many_keys(measured) == many_keys(key))
@@ -212,7 +262,8 @@ def _lends_backward(config: HopperBwdConfig, measured: ShapeKey, key: ShapeKey, 
         return False
     # what is not of the kind was measured where the others were not tried
     if hides_keys(key):
-        return not shares_in_window(key) or config.SPLIT_GROUP > 1
+        shared = config.SPLIT_GROUP > 1
+        return shared == shares_in_window(key) or shared and config.FORM != HopperBwdForm.RECOMPUTE
     if recomputes(key):
         return config.FORM == HopperBwdForm.RECOMPUTE and (config.SPLIT_GROUP > 1 or not _can_share(key))
     return not _can_share(key) or (config.SPLIT_GROUP > 1) == shares_group(key)

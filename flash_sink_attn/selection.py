@@ -1,9 +1,10 @@
 """Which implementation a call uses: the portable Triton kernels or the Hopper ones, each with its own configuration.
 
 1. What the caller says: ``impl``, or a ``config`` that is for one implementation only.
-2. What is measured: at the tuned shape nearest to the call's, of all entries of both, whichever was faster there; where
-   only one of the two was measured at that shape, that one. A shape where one of them was measured with what is not for
-   the call's kind of shape (:mod:`flash_sink_attn.regimes`) says nothing, and the next one is asked.
+2. What is measured: at the tuned shapes nearest to the call's, one of each, whichever was faster there, in the
+   geometric mean; at the call's own shape alone where that is tuned. Where only one of the two was measured at the
+   nearest, that one. A shape where one of them was measured with what is not for the call's kind of shape
+   (:mod:`flash_sink_attn.regimes`) says nothing, and the next one is asked.
 3. The heuristic: :data:`flash_sink_attn.heuristic.PREFER_HOPPER`.
 
 Where the Hopper kernels are wanted by 2 or 3 and cannot run, the portable ones do, and one line in the log says why.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from functools import cache
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -179,8 +181,12 @@ def wanted(
     if not near:
         prefers = prefers_hopper(pass_, key, limits)
         return "hopper" if prefers else "triton", "the heuristic for shapes that nobody has tuned"
+    points: list[tuple[str, float, float]] = []  # of the same table: where, and both times
+    table = None
     for nearest in sorted(near, key=lambda d: (d.source == "other card", d.distance or 0.0)):
         assert nearest.entry is not None and nearest.table is not None
+        if points and nearest.table is not table:
+            break
         at = {impl: _entries_at(nearest, impl, pass_, deterministic) for impl in KERNELS_OF}
         if nearest.entry.key != key and not all(lends(e, key, deterministic) for of in at.values() for e in of):
             continue
@@ -191,9 +197,17 @@ def wanted(
               for impl, decisions in zip(IMPLS, (portable, hopper), strict=True)}
         where = f"at {nearest.entry.case} of {nearest.table.gpu}'s table"
         if ms["hopper"] is None or ms["triton"] is None:
-            return "triton" if ms["hopper"] is None else "hopper", f"the only one measured {where}"
-        return "hopper" if ms["hopper"] < ms["triton"] else "triton", (
-            f"the faster one {where}: hopper {ms['hopper']:.4g} ms, triton {ms['triton']:.4g} ms")
+            if not points:
+                return "triton" if ms["hopper"] is None else "hopper", f"the only one measured {where}"
+            continue
+        times = f"{where}: hopper {ms['hopper']:.4g} ms, triton {ms['triton']:.4g} ms"
+        table, points = nearest.table, [*points, (times, ms["hopper"], ms["triton"])]
+        if nearest.entry.key == key:
+            break
+    if points:
+        # a tie at one shape says little about another: where each implementation has a nearest one, both count
+        faster: Impl = "hopper" if sum(log(h / t) for _, h, t in points) < 0 else "triton"
+        return faster, "the faster one " + " and ".join(dict.fromkeys(where for where, _, _ in points))
     prefers = prefers_hopper(pass_, key, limits)
     return "hopper" if prefers else "triton", (
         "the heuristic: near this shape the two were compared only with configurations that are not for its kind")

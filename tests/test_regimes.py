@@ -10,7 +10,16 @@ import pytest
 from flash_sink_attn import dispatch, selection
 from flash_sink_attn.config import HopperBwdConfig, HopperFwdConfig, TileConfig, limits_of
 from flash_sink_attn.heuristic import heuristic
-from flash_sink_attn.regimes import few_tiles, fits_ring, lends, recomputes, shares_group, slides
+from flash_sink_attn.regimes import (
+    few_tiles,
+    fits_ring,
+    lends,
+    loads_itself,
+    recomputes,
+    shares_group,
+    shares_in_window,
+    slides,
+)
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
 
 
@@ -93,17 +102,36 @@ def test_the_kinds_follow_the_call() -> None:
     # three sections of heads that run at once, the last one alone; two; and as many as the card runs in one
     assert shares_group(tokens(CAUSAL, 5120, heads_q=32)) and not shares_group(tokens(CAUSAL, 3001))
     assert shares_group(tokens(CAUSAL, 5120, heads_q=24, heads_kv=3))
-    assert shares_group(tokens(CAUSAL, 16384)) and not shares_group(tokens(WIDE, 16384))
+    assert shares_group(tokens(CAUSAL, 16384)) and shares_group(tokens(WIDE, 16384))
+    # sections that fill the card, and others that leave a quarter of it idle
+    assert not shares_group(tokens(CAUSAL, 8192)) and shares_group(tokens(CAUSAL, 6100))
     assert not shares_group(tokens(CAUSAL, 16384, heads_kv=64))
     shares_group(tokens(CAUSAL, 0))  # no keys, no error
-    assert few_tiles(tokens(CAUSAL, 1111)) and not few_tiles(tokens(CAUSAL, 1500))
+    # 1152 programs of 64 rows that load for themselves; 396 tiles of 192 rows, of short and of long rows
+    assert loads_itself(tokens(CAUSAL, 1111)) and not few_tiles(tokens(CAUSAL, 1111))
+    few = tokens(CAUSAL, 1111, heads_q=40)
+    assert not loads_itself(few) and few_tiles(few) and not few_tiles(tokens(few, 5050, heads_q=8))
+    assert not few_tiles(tokens(CAUSAL, 1500))
     assert not few_tiles(tokens(WIDE, 256)) and not few_tiles(tokens(WINDOW, 256))
 
 
+def test_programs_under_a_short_window_are_halved_where_that_saves_rounds() -> None:
+    window = WIDE._replace(window=256, heads_q=28, heads_kv=4)
+    assert shares_in_window(tokens(window, 1024)) and shares_in_window(tokens(window, 5700))  # 64 and 360 programs
+    assert not shares_in_window(tokens(window, 4224)) and not shares_in_window(tokens(window, 16384))
+    assert not shares_in_window(tokens(window, 1024, varlen=True)) and not shares_in_window(tokens(WINDOW, 1024))
+    halves = HopperBwdConfig(64, 64, FORM=1, SPLIT_GROUP=2)
+    assert heuristic("hopper_bwd", tokens(window, 1024), LIMITS) == halves
+    assert not lends(entry(halves, tokens(window, 1024)), tokens(window, 4224))
+    assert not lends(entry(HopperBwdConfig(64, 64, FORM=1), tokens(window, 4224)), tokens(window, 5700))
+
+
 def test_short_sequences_and_groups_of_one_recompute_at_middle_head_dims() -> None:
-    assert recomputes(tokens(WIDE, 2048)) and not recomputes(tokens(WIDE, 2049)) and not recomputes(CAUSAL)
+    assert recomputes(tokens(WIDE, 2048)) and not recomputes(tokens(WIDE, 3000)) and not recomputes(CAUSAL)
     assert recomputes(tokens(WIDE, 8192, heads_q=8)) and not recomputes(tokens(WIDE, 2048, batch=4))
     assert not recomputes(tokens(WIDE, 256, head_dim=256, head_dim_v=256))
+    # programs of which few are long, and others that do not fill the card either way
+    assert recomputes(tokens(WIDE, 4900, heads_q=24, heads_kv=4)) and not recomputes(tokens(WIDE, 4900, heads_kv=2))
     again = HopperBwdConfig(64, 64, FORM=1, SPLIT_GROUP=2)
     assert heuristic("hopper_bwd", tokens(WIDE, 1777, batch=3, heads_kv=4, heads_q=32), LIMITS) == again
     assert heuristic("hopper_bwd", tokens(WIDE, 6000, heads_q=8), LIMITS) == HopperBwdConfig(64, 64, FORM=1)
