@@ -39,6 +39,7 @@ SHORT_WINDOW = 1024
 # 0.78 to 0.90 of the time in five shapes, with 448 and 512 tiles 0.98 and 1.09, with 4096 tokens and more from 0.97 to
 # 1.13; without groups 0.90 and 0.95.
 _SHORT_SEQUENCE = 2048
+_FEW_KEYS = 2304  # in a sequence, see loads_itself
 # Keys that a query sees in the mean: up to here 256 x 64 was the fastest forward tile at head dim 64 in all six shapes
 # of a run, by 3 to 11%; with more 192 x 128 was, but for one of five.
 _MANY_KEYS = 2048
@@ -78,14 +79,14 @@ def idles(config: HopperFwdConfig, key: ShapeKey) -> bool:
     """Whether programs that take several heads and fill half a multiprocessor each leave much of the card idle.
 
     All of them take about as long, so a second round with few of them doubles the time: 288 for the 264 that run at
-    once took 0.0494 ms at 2300 tokens with a window of 180, where tiles of one head took 0.0396; at 7700 tokens, four
-    rounds, 0.109 against 0.119.
+    once took 0.0494 ms at 2300 tokens with a window of 180, where tiles of one head took 0.0396, and 456 at 3600 tokens
+    0.0679 for 0.0615; at 7700 tokens, four rounds, it was 0.109 against 0.119.
     """
     if not config.PACK_HEADS or config.PROGRAMS_PER_SM or config.registers_per_thread <= 80 or not config.HEADS:
         return False
     programs = key.batch * key.heads_kv * -(-key.seqlen_q // 64) * (_group(key) // (config.PACK_HEADS * config.HEADS))
     at_once = 2 * PROGRAMS_AT_ONCE
-    return at_once < programs < 1.67 * at_once
+    return at_once < programs < 1.8 * at_once
 
 
 def wants_more_at_once(key: ShapeKey) -> bool:
@@ -99,21 +100,20 @@ def loads_itself(key: ShapeKey) -> bool:
     multiprocessor, than with a loader, or with larger tiles.
 
     On an H200, of the next best: at head dim 128 under windows of 128 and 256 with 28/4 heads 0.92 to 1.00 of the time,
-    but 1.04 with 448 tiles of 64 rows and a window of 128; causal 0.98, 0.94, 0.96, 0.95 and 0.91 with 512, 704, 1024,
-    1152 and 1232 tiles, 1.13, 1.06, 1.04 and 1.03 with 320, 448, 528 and 1056, 1.04 with 2048. At head dim 64 causal
-    0.92 to 0.97 with 920 to 1288 tiles of 1024 to 1450 tokens, 1.04 with 2048. Of a packed batch, whose tiles it has to
+    but 1.04 with 448 tiles of 64 rows and a window of 128; causal 0.93 to 0.99 with 512 to 1152 tiles of up to 2222
+    tokens, but for 1.03 and 1.04 with 528 and 1056 of 1350; 1.13 and 1.06 with 320 and 448, 1.01 and 1.04 with 1536 and
+    2048, 1.11 with 816 of 4300 tokens. At head dim 64 causal 0.85 to 0.97 with 432 to 1600 tiles of up to 2222 tokens,
+    1.04 and 1.06 with 2048 and 2560, 1.09 and more of 3900 tokens and more. Of a packed batch, whose tiles it has to
     find twice, 1.15.
     """
     tiles, dims = _row_tiles(key), (key.head_dim, key.head_dim_v)
-    if key.varlen:
+    if key.varlen or dims not in ((64, 64), (128, 128)):
         return False
-    if dims == (64, 64):
-        return not hides_keys(key) and key.seqlen_k <= _SHORT_SEQUENCE and (
-            6 * PROGRAMS_AT_ONCE < tiles <= 10 * PROGRAMS_AT_ONCE)
-    if dims != (128, 128):
-        return False
-    return tiles > 3 * PROGRAMS_AT_ONCE if short_window(key) else (
-        _FEW_ROW_TILES * PROGRAMS_AT_ONCE < tiles <= 9.5 * PROGRAMS_AT_ONCE)
+    if short_window(key):
+        return dims == (128, 128) and tiles > 3 * PROGRAMS_AT_ONCE
+    few, many = (3, 13) if dims == (64, 64) else (_FEW_ROW_TILES, 9.5)
+    short = not hides_keys(key) and key.seqlen_k <= _FEW_KEYS
+    return short and few * PROGRAMS_AT_ONCE < tiles <= many * PROGRAMS_AT_ONCE
 
 
 def few_rows(key: ShapeKey) -> bool:

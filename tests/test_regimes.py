@@ -107,10 +107,11 @@ def test_the_kinds_follow_the_call() -> None:
     assert not shares_group(tokens(CAUSAL, 8192)) and shares_group(tokens(CAUSAL, 6100))
     assert not shares_group(tokens(CAUSAL, 16384, heads_kv=64))
     shares_group(tokens(CAUSAL, 0))  # no keys, no error
-    # 1152 programs of 64 rows that load for themselves; 396 tiles of 192 rows, of short and of long rows
+    # 1152 programs of 64 rows that load for themselves; few tiles of 192 rows, of short and of long rows
     assert loads_itself(tokens(CAUSAL, 1111)) and not few_tiles(tokens(CAUSAL, 1111))
-    few = tokens(CAUSAL, 1111, heads_q=40)
+    few = tokens(CAUSAL, 1111, heads_q=16)
     assert not loads_itself(few) and few_tiles(few) and not few_tiles(tokens(few, 5050, heads_q=8))
+    assert not loads_itself(tokens(CAUSAL, 3900, heads_q=24)) and loads_itself(tokens(WIDE, 1700, heads_q=36))
     assert not few_tiles(tokens(CAUSAL, 1500))
     assert not few_tiles(tokens(WIDE, 256)) and not few_tiles(tokens(WINDOW, 256))
 
