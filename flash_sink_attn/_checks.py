@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from flash_sink_attn._mode import COMPILE_ONLY, INTERPRETING
-from flash_sink_attn.config import IMPLS, KERNELS, MAX_HEAD_DIM, AttnConfig, TileConfig, limits_of, reject_reason
+from flash_sink_attn.config import IMPLS, KERNELS, MAX_HEAD_DIM, AttnConfig, TileConfig
 from flash_sink_attn.dispatch import device_info
+from flash_sink_attn.validity import limits_of, reject_reason
 
 HALF = (torch.float16, torch.bfloat16)
 CHECK_VALUES = "FLASH_SINK_ATTN_CHECK"

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from flash_sink_attn.config import AnyConfig, AttnConfig, Kernel, Limits, limits_of, reject_reason, reproducible
+from flash_sink_attn.config import AnyConfig, AttnConfig, Kernel, reproducible
 from flash_sink_attn.devices import gpu_slug
 from flash_sink_attn.heuristic import heuristic
 from flash_sink_attn.kernel_code import CODE_FIELD, impl_of, kernel_code_hash
@@ -36,6 +36,7 @@ from flash_sink_attn.tuned_table import (
     load_others,
     load_table,
 )
+from flash_sink_attn.validity import Limits, limits_of, reject_reason
 
 Rung = Literal["explicit", "exact", "nearest", "other card", "heuristic"]
 

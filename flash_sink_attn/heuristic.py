@@ -4,20 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from flash_sink_attn.config import (
-    HOPPER_BWD_HEAD_DIMS,
-    HOPPER_HEAD_DIMS,
-    AnyConfig,
-    HopperBwdConfig,
-    HopperFwdConfig,
-    Kernel,
-    Limits,
-    Pass,
-    TileConfig,
-    reject_reason,
-    reproducible,
-    split_head_dim,
-)
+from flash_sink_attn.config import AnyConfig, HopperBwdConfig, HopperFwdConfig, Kernel, Pass, TileConfig, reproducible
 from flash_sink_attn.regimes import (
     few_rows,
     few_tiles,
@@ -36,6 +23,7 @@ from flash_sink_attn.regimes import (
     wants_more_at_once,
 )
 from flash_sink_attn.tuned_table import ShapeKey
+from flash_sink_attn.validity import HOPPER_BWD_HEAD_DIMS, HOPPER_HEAD_DIMS, Limits, reject_reason, split_head_dim
 
 # Where the Hopper kernels are used without a measurement of the shape or one near it: (pass, head dim of q and k, of
 # v, whether there is a window).

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 from math import log2
 from typing import NamedTuple
 
-from flash_sink_attn.config import split_head_dim
 from flash_sink_attn.tuned_table import Entry, ShapeKey
+from flash_sink_attn.validity import split_head_dim
 
 
 class Features(NamedTuple):

@@ -8,13 +8,7 @@ same kinds.
 
 from __future__ import annotations
 
-from flash_sink_attn.config import (
-    HOPPER_SLIDE_WINDOW,
-    HopperBwdConfig,
-    HopperBwdForm,
-    HopperFwdConfig,
-    TileConfig,
-)
+from flash_sink_attn.config import HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperBwdForm, HopperFwdConfig, TileConfig
 from flash_sink_attn.tuned_table import Entry, ShapeKey
 
 PROGRAMS_AT_ONCE = 132  # multiprocessors of an H100

@@ -21,13 +21,14 @@ from typing import NamedTuple
 import torch
 
 from flash_sink_attn import dispatch
-from flash_sink_attn.config import IMPLS, KERNELS_OF, AttnConfig, Impl, Limits, Pass, limits_of, reject_reason
+from flash_sink_attn.config import IMPLS, KERNELS_OF, AttnConfig, Impl, Pass
 from flash_sink_attn.dispatch import Decision
 from flash_sink_attn.heuristic import prefers_hopper
 from flash_sink_attn.hopper import support
 from flash_sink_attn.options import Options
 from flash_sink_attn.regimes import lends
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
+from flash_sink_attn.validity import Limits, limits_of, reject_reason
 
 logger = logging.getLogger("flash_sink_attn")
 

@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from flash_sink_attn.config import split_head_dim
+from flash_sink_attn.validity import split_head_dim
 from sweeps.cases import Case
 from sweeps.cost import compulsory_bytes, pairs
 from sweeps.devices import Card

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flash_sink_attn.config import Impl, limits_of
+from flash_sink_attn.config import Impl
 from flash_sink_attn.dispatch import decide
 from flash_sink_attn.tuned_table import TunedTable
+from flash_sink_attn.validity import limits_of
 from sweeps.cases import Case
 from sweeps.export import default_path
 from sweeps.ours import LAUNCHES, Hopper, Triton

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from flash_sink_attn import selection
-from flash_sink_attn.config import IMPLS, KERNELS_OF, AnyConfig, Impl, Pass, limits_of
+from flash_sink_attn.config import IMPLS, KERNELS_OF, AnyConfig, Impl, Pass
 from flash_sink_attn.devices import gpu_slug
 from flash_sink_attn.tuned_table import ShapeKey, TunedTable
+from flash_sink_attn.validity import limits_of
 from sweeps.cases import Case
 from sweeps.export import default_path
 from sweeps.measured import config_label

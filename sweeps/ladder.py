@@ -11,12 +11,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from flash_sink_attn.config import IMPLS, KERNELS, AnyConfig, Kernel, limits_of
+from flash_sink_attn.config import IMPLS, KERNELS, AnyConfig, Kernel
 from flash_sink_attn.devices import gpu_slug
 from flash_sink_attn.dispatch import Decision, decide
 from flash_sink_attn.heuristic import heuristic
 from flash_sink_attn.nearest import FARTHEST, distance, family
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
+from flash_sink_attn.validity import limits_of
 from sweeps.cases import Case
 from sweeps.export import table_entries
 from sweeps.ours import kernel_of

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from flash_sink_attn.config import (
     CONFIG_CLASS,
-    HOPPER_BWD_HEAD_DIMS,
-    HOPPER_HEAD_DIMS,
     HOPPER_SLIDE_WINDOW,
     AnyConfig,
     AttnConfig,
@@ -21,10 +19,9 @@ from flash_sink_attn.config import (
     Impl,
     Kernel,
     TileConfig,
-    limits_of,
-    reject_reason,
     reproducible,
 )
+from flash_sink_attn.validity import HOPPER_BWD_HEAD_DIMS, HOPPER_HEAD_DIMS, limits_of, reject_reason
 from sweeps.cases import Case
 from sweeps.implementation import Inputs, Prepared
 

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from flash_sink_attn.config import CONFIG_CLASS, IMPLS, KERNELS, AnyConfig, Kernel, Limits
+from flash_sink_attn.config import CONFIG_CLASS, IMPLS, KERNELS, AnyConfig, Kernel
 from flash_sink_attn.dispatch import Decision
 from flash_sink_attn.heuristic import heuristic
 from flash_sink_attn.kernel_code import impl_of
 from flash_sink_attn.tuned_table import ShapeKey
+from flash_sink_attn.validity import Limits
 from sweeps.cases import Case
 from sweeps.measured import config_label
 from sweeps.ours import kernel_of, shape_key

@@ -13,15 +13,10 @@ from typing import Any
 
 import torch
 
-from flash_sink_attn.config import (
-    HOPPER_SLIDE_WINDOW,
-    HopperBwdConfig,
-    HopperFwdConfig,
-    limits_of,
-    reject_reason,
-)
+from flash_sink_attn.config import HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperFwdConfig
 from flash_sink_attn.reference import attention_reference_gradients, eager_gradients
 from flash_sink_attn.testing import AttentionInputs, check
+from flash_sink_attn.validity import limits_of, reject_reason
 from tests import hopper_cases, hopper_worker
 from tests.hopper_cases import LAYOUTS, MOST_SCORES, _laid_out, _poisoned_memory, _same, launching, scores
 from tests.hopper_cases import Case as ForwardCase

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from flash_sink_attn.config import HopperFwdConfig, limits_of, reject_reason
+from flash_sink_attn.config import HopperFwdConfig
 from flash_sink_attn.reference import attention_reference, eager_attention
 from flash_sink_attn.testing import LSE_ROUNDING, AttentionInputs, check, make_inputs, relative_error, unit_roundoff
+from flash_sink_attn.validity import limits_of, reject_reason
 
 SINKS = ("normal", "none", "absent", "high", "low", "half")
 VALUES = ("normal", "rising", "falling", "waves")

@@ -18,13 +18,10 @@ from flash_sink_attn.config import (
     AttnConfig,
     HopperBwdConfig,
     HopperFwdConfig,
-    Limits,
     TileConfig,
-    limits_of,
-    reject_reason,
     reproducible,
-    split_head_dim,
 )
+from flash_sink_attn.validity import Limits, limits_of, reject_reason, split_head_dim
 
 HOPPER = limits_of(90)
 TILE = TileConfig(64, 64, 4, 2)

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_sink_attn import dispatch, tuned_table
-from flash_sink_attn.config import PORTABLE, AttnConfig, Kernel, TileConfig, limits_of, reject_reason
+from flash_sink_attn.config import PORTABLE, AttnConfig, Kernel, TileConfig
 from flash_sink_attn.dispatch import DeviceInfo, choose, decide, device_info, heuristic
 from flash_sink_attn.kernel_code import kernel_code_hash
 from flash_sink_attn.nearest import FARTHEST, distance
 from flash_sink_attn.tuned_table import ENV_VAR, Entry, ShapeKey, TunedTable, TunedTableError
+from flash_sink_attn.validity import limits_of, reject_reason
 
 KEY = ShapeKey.fixed("bfloat16", 64, 64, 64, 8, 128, 1, 8192, 8192)
 TUNED, ASKED = TileConfig(128, 32, 8, 4, maxnreg=168), TileConfig(16, 256, 2, 1)

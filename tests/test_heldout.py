@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 import sweeps.cli
 from flash_sink_attn import selection
-from flash_sink_attn.config import IMPLS, KERNELS_OF, HopperBwdConfig, HopperFwdConfig, TileConfig, limits_of
+from flash_sink_attn.config import IMPLS, KERNELS_OF, HopperBwdConfig, HopperFwdConfig, TileConfig
 from flash_sink_attn.dispatch import heuristic
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable, TunedTableError
+from flash_sink_attn.validity import limits_of
 from sweeps.dispatched import make, make_hopper
 from sweeps.heldout import heldout, heldout_report, leave_one_out
 from sweeps.ours import shape_key

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from flash_sink_attn.config import limits_of, reject_reason
 from flash_sink_attn.dispatch import device_info
 from flash_sink_attn.testing import make_inputs
+from flash_sink_attn.validity import limits_of, reject_reason
 from tests.kernel_calls import DEVICE, assert_right, run_kernels, tiles
 
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

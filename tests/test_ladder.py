@@ -10,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 import sweeps.cli
-from flash_sink_attn.config import PORTABLE, HopperBwdConfig, HopperFwdConfig, TileConfig, limits_of
+from flash_sink_attn.config import PORTABLE, HopperBwdConfig, HopperFwdConfig, TileConfig
 from flash_sink_attn.dispatch import decide
+from flash_sink_attn.validity import limits_of
 from sweeps.ladder import distance_table, family_table, ladder_report, leave_one_out
 from sweeps.ours import shape_key
 from sweeps.regret import call_key, picks, summary_table

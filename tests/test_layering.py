@@ -55,6 +55,7 @@ SWEEPS = (
 # Of the package: what a module may import is what stands before it. __init__ re-exports, so nothing inside imports it.
 PACKAGE = (
     ("_mode", "config", "devices", "_reference_blocks", "layout"),
+    ("validity",),
     ("replay", "kernel_code", "options", "reference", "tuned_table", "sliding_cache", "kernels.common",
      "kernel_cache", "sass_check", "hopper.common"),
     ("regimes",),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flash_sink_attn import dispatch, selection
-from flash_sink_attn.config import HopperBwdConfig, HopperFwdConfig, TileConfig, limits_of
+from flash_sink_attn.config import HopperBwdConfig, HopperFwdConfig, TileConfig
 from flash_sink_attn.heuristic import heuristic
 from flash_sink_attn.regimes import (
     few_tiles,
@@ -21,6 +21,7 @@ from flash_sink_attn.regimes import (
     slides,
 )
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
+from flash_sink_attn.validity import limits_of
 
 
 def tokens(key: ShapeKey, n: int, **other: Any) -> ShapeKey:

@@ -10,14 +10,7 @@ from typing import Any
 
 import torch
 
-from flash_sink_attn.config import (
-    HOPPER_LOADER_REGISTERS,
-    HOPPER_SLIDE_WINDOW,
-    HopperBwdConfig,
-    HopperBwdForm,
-    hopper_bwd_width,
-    split_head_dim,
-)
+from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperBwdForm
 from flash_sink_attn.hopper.backward_keys import hopper_bwd_keys_kernel
 from flash_sink_attn.hopper.backward_queries import hopper_bwd_queries_kernel
 from flash_sink_attn.hopper.backward_rows import (
@@ -32,6 +25,7 @@ from flash_sink_attn.hopper.descriptors import describe
 from flash_sink_attn.launcher import MiscompiledError, launch, workspace
 from flash_sink_attn.layout import LOG2E, Sequences
 from flash_sink_attn.machine_code import fault_of
+from flash_sink_attn.validity import hopper_bwd_width, split_head_dim
 
 logger = logging.getLogger("flash_sink_attn")
 

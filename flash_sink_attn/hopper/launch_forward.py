@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HopperFwdConfig, split_head_dim
+from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HopperFwdConfig
 from flash_sink_attn.hopper.alone import hopper_alone_kernel
 from flash_sink_attn.hopper.descriptors import describe, padded
 from flash_sink_attn.hopper.forward import hopper_fwd_kernel
 from flash_sink_attn.hopper.window import hopper_window_kernel
 from flash_sink_attn.launcher import launch
 from flash_sink_attn.layout import LOG2E, Sequences
+from flash_sink_attn.validity import split_head_dim
 
 # K and V of the heads whose tiles go together are to stay in the 50 MB of L2, of which other tensors take a part.
 _SECTION_BYTES = 32 << 20

@@ -18,12 +18,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flash_sink_attn import launcher
 from flash_sink_attn._mode import INTERPRETING
-from flash_sink_attn.config import TileConfig, split_head_dim
+from flash_sink_attn.config import TileConfig
 from flash_sink_attn.kernels.backward import dkdv_kernel, dq_kernel
 from flash_sink_attn.kernels.common import APART, MEETING, NO_WINDOW
 from flash_sink_attn.kernels.forward import fwd_kernel
 from flash_sink_attn.layout import LOG2E, Sequences, describable, launchable, strides_of
 from flash_sink_attn.machine_code import fault_of
+from flash_sink_attn.validity import split_head_dim
 
 logger = logging.getLogger("flash_sink_attn")
 
