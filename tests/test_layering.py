@@ -48,7 +48,7 @@ SWEEPS = (
     ("report", "export", "doctor", "console"),
     ("regret", "reporting_commands"),
     ("ladder", "heldout", "dispatched"),
-    ("measuring_cli",),
+    ("measuring_cli", "judging_cli"),
     ("cli",),
     ("__main__",),
 )
