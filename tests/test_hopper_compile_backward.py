@@ -28,7 +28,7 @@ CASES["64-slide-no-sinks"] = case(FAMILIES["64-slide"], seqlen_q=4096, sinks="no
 # some of the masks' operands. What gets better has to leave this list.
 SPILLING = {"128-varlen": {"keys"}, "128-own-keys": {"keys"}, "128-ordered-window": {"keys"},
             "128-recompute-own-keys": {"keys"},
-            "64-slide-varlen": {"slide"}, "256-varlen": {"wide"}, "256-own-keys": {"wide"}}
+            "64-slide-varlen": {"slide"}}
 
 # In a process of its own: it must neither touch a GPU nor enter the interpreter.
 CODE = """
