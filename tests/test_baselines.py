@@ -2,99 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import pkgutil
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import sweeps.baselines
-from flash_sink_attn.reference import attention_reference, attention_reference_gradients
-from sweeps.baselines import (
-    cudnn,
-    eager,
-    fa2,
-    fa3,
-    fa4,
-    flex,
-    gptoss_triton,
-    sdpa_cudnn,
-    sdpa_flash,
-    tilelang,
-    upstream,
-)
-from sweeps.baselines.common import Peer, Unsupported, configured_path, load_file, visible_window
-from sweeps.cases import Case
+from flash_sink_attn.reference import attention_reference
+from sweeps.baselines import eager, fa2, fa3, fa4, flex, gptoss_triton, sdpa_cudnn, sdpa_flash, tilelang
+from sweeps.baselines.common import Unsupported, visible_window
 from sweeps.columns import OUTPUTS
 from sweeps.implementation import Inputs
 from sweeps.registry import load
+from tests.peer_cases import SHAPES, case_of, check, inputs_of, truth_of
 from tests.test_flash_attn_with_sink import fa_backward, fa_forward, flash_attention_2, flash_attention_3, install
 
 NAMES = sorted(m.name for m in pkgutil.iter_modules(sweeps.baselines.__path__) if m.name != "common")
-
-
-def case_of(pass_: str = "fwd", **changes) -> Case:
-    seqlens = changes.get("seqlens", ())
-    fields = {"dtype": "bfloat16", "batch": len(seqlens) or 2, "seqlen_q": max(seqlens, default=40),
-              "seqlen_k": max(seqlens, default=40), "heads_q": 4, "heads_kv": 2, "head_dim": 16, "head_dim_v": 16,
-              "window": None, "varlen": "some" if seqlens else ""}
-    return Case(pass_, **(fields | changes))
-
-
-def inputs_of(case: Case, dtype: torch.dtype = torch.float64) -> Inputs:
-    """In float64, so that a peer's formulas and not its rounding are tested."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(rows: int, heads: int, dim: int) -> torch.Tensor:
-        shape = (sum(case.seqlens), heads, dim) if case.varlen else (case.batch, rows, heads, dim)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    # exact in bfloat16, which is all FlashAttention-3 takes
-    sinks = torch.tensor([-2.0, 0.5, 3.0, -math.inf]).float() if case.sinks else None
-    cu = torch.tensor([0, *itertools.accumulate(case.seqlens)], dtype=torch.int32) if case.varlen else None
-    return Inputs(
-        q=draw(case.seqlen_q, case.heads_q, case.head_dim), k=draw(case.seqlen_k, case.heads_kv, case.head_dim),
-        v=draw(case.seqlen_k, case.heads_kv, case.head_dim_v), sinks=sinks,
-        do=draw(case.seqlen_q, case.heads_q, case.head_dim_v), cu_seqlens=cu,
-        max_seqlen=case.seqlen_q, window=case.window, softmax_scale=case.head_dim ** -0.5)
-
-
-def truth_of(inputs: Inputs) -> dict[str, torch.Tensor]:
-    return attention_reference_gradients(inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.do, window=inputs.window,
-                                         softmax_scale=inputs.softmax_scale, cu_seqlens_q=inputs.cu_seqlens)
-
-
-def check(peer: Peer, case: Case, *, missing: tuple[str, ...] = (), rtol: float = 1e-7,
-          dtype: torch.dtype = torch.float64):
-    """Runs the peer twice and compares all the pass's outputs, layouts and all, with the truth."""
-    assert peer.unsupported(case) is None
-    inputs = inputs_of(case, dtype)
-    prepared = peer.prepare(case, {}, inputs)
-    if prepared.poison is None:
-        assert prepared.outputs() == {}, "results of the preparation must not be left over"
-    prepared.run()
-    prepared.run()
-    outputs, truth = prepared.outputs(), truth_of(inputs)
-    expected = [n for n in OUTPUTS[case.pass_] if n not in missing and (n != "dsinks" or case.sinks)]
-    assert list(outputs) == expected
-    for name in expected:
-        assert outputs[name].shape == truth[name].shape, name
-        error = (outputs[name].double() - truth[name]).norm() / truth[name].norm()
-        assert error <= rtol, (name, float(error))
-    assert prepared.applies_sink
-    return prepared
-
-
-SHAPES = {
-    "causal": {}, "window": {"window": 9}, "mha": {"heads_kv": 4}, "no sinks": {"sinks": False},
-    "fewer queries": {"seqlen_q": 7, "window": 5}, "wide window": {"window": 40},
-    "varlen": {"seqlens": (13, 0, 1, 26), "window": 6}, "unequal head dims": {"head_dim": 24},
-}
 
 
 # --- against float64 on the CPU ---
@@ -304,160 +231,6 @@ def test_fa4_is_called_with_its_own_sinks(monkeypatch, pass_, shape):
     assert len(calls) == (1 if pass_ == "bwd" else 3)
 
 
-# --- the cuDNN graphs, executed by a stand-in that reads and writes by the declared geometry alone ---
-
-class _CudnnTensor:
-    def __init__(self, uid=None, dim=None, stride=None, **_):
-        self.uid, self.dim, self.stride, self.offsets = uid, dim, stride, None
-
-    def set_uid(self, uid):
-        self.uid = uid
-        return self
-
-    def set_dim(self, dim):
-        self.dim = dim
-        return self
-
-    def set_stride(self, stride):
-        self.stride = stride
-        return self
-
-    def set_output(self, _):
-        return self
-
-    set_data_type = set_output
-
-    def set_ragged_offset(self, offsets):
-        self.offsets = offsets
-
-    def sequences(self, pack, lengths):
-        """Views (heads, rows, last) of every sequence's part of the bound buffer."""
-        data = pack[self.uid]
-        flat = data.as_strided((data.untyped_storage().nbytes() // data.itemsize,), (1,), 0)
-        for b in range(self.dim[0]):
-            start = int(pack[self.offsets.uid].flatten()[b]) if self.offsets else b * self.stride[0]
-            rows = int(lengths[b]) if self.offsets else self.dim[2]
-            yield flat.as_strided((self.dim[1], rows, self.dim[3]), self.stride[1:], start) if rows else None
-
-
-class _CudnnGraph:
-    """Computes with the float64 reference what the nodes say."""
-
-    def __init__(self, module):
-        self.module, self.node = module, None
-
-    def tensor(self, **fields):
-        return _CudnnTensor(**fields)
-
-    def sdpa(self, *, name, generate_stats, **node):
-        assert generate_stats
-        self.node = node | {"made": (_CudnnTensor(), _CudnnTensor())}
-        return self.node["made"]
-
-    def sdpa_backward(self, *, name, use_deterministic_algorithm, **node):
-        self.node = node | {"made": (_CudnnTensor(), _CudnnTensor(), _CudnnTensor())}
-        return self.node["made"]
-
-    def validate(self):
-        pass
-
-    build_operation_graph = check_support = build_plans = validate
-
-    def create_execution_plans(self, modes):
-        assert modes == ["A", "FALLBACK"]
-
-    def get_workspace_size(self):
-        return 16
-
-    def execute(self, pack, workspace, handle):
-        node = self.node
-        assert node["diagonal_band_right_bound"] == 0 and workspace.numel() >= 16 and handle == "handle"
-        equal = node["q"].dim[2] == node["k"].dim[2]
-        assert node["diagonal_alignment"] == ("TOP_LEFT" if equal else "BOTTOM_RIGHT")
-        lengths = pack[node["seq_len_q"].uid].flatten() if "seq_len_q" in node else None
-        assert (lengths is not None) == bool(node.get("use_padding_mask")) == bool(node["q"].offsets)
-        sink = node.get("sink_token")
-        sinks = pack[sink.uid].flatten() if sink else None
-        names = [n for n in ("q", "k", "v", "dO", "o", "stats") if n in node]
-        outputs = dict(zip(("dq", "dk", "dv") if "dO" in node else ("o", "lse"), node["made"], strict=True))
-        parts = {n: list(t.sequences(pack, lengths)) for n, t in ({n: node[n] for n in names} | outputs).items()}
-        dsinks = 0.0
-        for b in range(node["q"].dim[0]):
-            if parts["q"][b] is None:
-                continue
-            q, k, v = (parts[n][b].transpose(0, 1)[None] for n in ("q", "k", "v"))
-            do = parts["dO"][b].transpose(0, 1)[None] if "dO" in parts else torch.zeros((*q.shape[:-1], v.shape[-1]))
-            # a backward without sink_token is told of the sink by o and stats, so the stand-in knows it from the test
-            truth = attention_reference_gradients(
-                q, k, v, self.module.sinks if sinks is None and "dO" in node else sinks, do,
-                window=node.get("diagonal_band_left_bound"), softmax_scale=node["attn_scale"])
-            if "dO" in node:  # it must have been handed the forward's results
-                torch.testing.assert_close(parts["o"][b].transpose(0, 1)[None], truth["o"].to(q.dtype))
-                torch.testing.assert_close(parts["stats"][b][..., 0], truth["lse"][0].float())
-                dsinks = dsinks + truth["dsinks"] if "dsinks" in truth else dsinks
-            for name in outputs:
-                made = truth[name][0][..., None] if name == "lse" else truth[name][0].transpose(0, 1)
-                parts[name][b].copy_(made)
-        if "dSink_token" in node:
-            target = pack[node["dSink_token"].uid]
-            added = self.module.sign * dsinks.reshape(target.shape)
-            target.copy_(target + added if self.module.adds else added)
-
-
-def cudnn_stand_in(version: int, *, sign: int = 1, adds: bool = False) -> SimpleNamespace:
-    names = SimpleNamespace(HALF="h", BFLOAT16="b", FLOAT="f", INT32="i", INT64="l")
-    module = SimpleNamespace(
-        data_type=names, heur_mode=SimpleNamespace(A="A", FALLBACK="FALLBACK"), create_handle=lambda: "handle",
-        diagonal_alignment=SimpleNamespace(TOP_LEFT="TOP_LEFT", BOTTOM_RIGHT="BOTTOM_RIGHT"),
-        set_stream=lambda handle, stream: None, backend_version=lambda: version,
-        backend_version_string=lambda: str(version), cudnnGraphNotSupportedError=KeyError, sign=sign, adds=adds)
-    module.pygraph = lambda **_: _CudnnGraph(module)
-    return module
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("pass_", ["fwd", "bwd", "fwd_bwd"])
-@pytest.mark.parametrize("version", [91900, 92700])
-def test_cudnn_graphs_describe_the_case(monkeypatch, version, pass_, shape):
-    stand_in = cudnn_stand_in(version)
-    monkeypatch.setitem(sys.modules, "cudnn", stand_in)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
-    case = case_of(pass_, **SHAPES[shape])
-    stand_in.sinks = inputs_of(case).sinks
-    prepared = check(cudnn.make({}), case, dtype=torch.bfloat16, rtol=4e-3)
-    by_formula = version < 92600 and case.varlen and pass_ != "fwd"
-    assert ("takes no sink_token" in prepared.note) == bool(by_formula)
-    for _ in range(2):  # whatever was in the buffers before
-        prepared.poison()
-        assert all(t.isnan().all() for t in prepared.outputs().values())
-        prepared.run()
-        truth = truth_of(inputs_of(case, torch.bfloat16))
-        for name, tensor in prepared.outputs().items():
-            assert (tensor - truth[name]).norm() <= 4e-3 * truth[name].norm(), name
-
-
-@pytest.mark.parametrize(("sign", "adds"), [(-1, False), (1, True), (-1, True)])
-def test_cudnns_dsinks_are_learnt(monkeypatch, sign, adds):
-    monkeypatch.setitem(sys.modules, "cudnn", cudnn_stand_in(92700, sign=sign, adds=adds))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
-    prepared = check(cudnn.make({"deterministic": True}), case_of("bwd"), dtype=torch.bfloat16, rtol=4e-3)
-    assert ("opposite sign" in prepared.note) == (sign < 0) and ("zeroed first" in prepared.note) == adds
-    assert prepared.deterministic is None
-
-
-def test_a_graph_cudnn_declines_is_unsupported(monkeypatch):
-    stand_in = cudnn_stand_in(92700)
-
-    class Declining(_CudnnGraph):
-        def check_support(self):
-            raise stand_in.cudnnGraphNotSupportedError("no engine")
-
-    stand_in.pygraph = lambda **_: Declining(stand_in)
-    monkeypatch.setitem(sys.modules, "cudnn", stand_in)
-    with pytest.raises(Unsupported, match="no engine"):
-        cudnn.make({}).prepare(case_of(), {}, inputs_of(case_of(), torch.bfloat16))
-
-
 # --- limits, absence, options ---
 
 @pytest.mark.parametrize("name", NAMES)
@@ -505,13 +278,6 @@ def test_a_package_that_is_missing_or_broken_is_a_reason_and_no_crash(monkeypatc
     assert peer.unavailable() == "OSError: undefined symbol: _ZN3c10"
 
 
-def test_an_old_cudnn_is_a_reason(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=lambda: 91002,
-                                                              backend_version_string=lambda: "9.10.2"))
-    assert "9.10.2 has no sinks" in cudnn.make({}).unavailable()
-
-
 @pytest.mark.parametrize(("name", "changes", "words"), [
     ("sdpa_cudnn", {"window": 9}, "window 9"), ("sdpa_cudnn", {"seqlens": (3, 4)}, "varlen"),
     ("sdpa_cudnn", {"seqlen_q": 7}, "fewer queries"), ("sdpa_cudnn", {"head_dim": 192, "head_dim_v": 192}, "above 128"),
@@ -543,119 +309,3 @@ def test_a_window_that_hides_nothing_is_none():
 def test_options_but_not_paths_belong_to_the_versions():
     assert fa2.make({"deterministic": True}).versions()["option_deterministic"] == "True"
     assert "option_path" not in tilelang.make({"path": "x"}).versions()
-
-
-# --- peers loaded from a path ---
-
-def upstream_copy(root: Path) -> Path:
-    """A package laid out like upstream's, that computes in plain PyTorch with its block sizes in globals."""
-    package = root / "flash_sink_attn"
-    package.mkdir()
-    package.joinpath("__init__.py").write_text("raise ImportError('needs flash_attn')\n")
-    package.joinpath("sliding_cache.py").write_text(
-        "class SlidingCacheManager:\n"
-        "    def __init__(self, sliding_window=256):\n        self.sliding_window = sliding_window\n"
-        "    def update(self, key, val):\n        self.key, self.val = key, val\n")
-    package.joinpath("flash_sink_attn_gpt_oss.py").write_text(
-        "from .sliding_cache import SlidingCacheManager\n"
-        "from flash_sink_attn.reference import attention_reference\n"
-        "BLOCK_M = BLOCK_N = 64\nSEEN = []\n"
-        "class FlashSinkAttention:\n"
-        "    @staticmethod\n    def apply(q, k, v, sink, manager, fp32):\n"
-        "        assert manager.key is k and manager.val is v\n"
-        "        SEEN.append((BLOCK_M, BLOCK_N, fp32))\n"
-        "        return attention_reference(q, k, v, sink, window=manager.sliding_window)[0]\n")
-    package.joinpath("flash_sink_varlen_attn_gpt_oss.py").write_text(
-        "from flash_sink_attn.reference import attention_reference\n"
-        "BLOCK_M = BLOCK_N = 64\n"
-        "class FlashSinkVarlenAttention:\n"
-        "    @staticmethod\n    def apply(q, k, v, sink, cu, manager, fp32):\n"
-        "        return attention_reference(q, k, v, sink, window=manager.sliding_window, cu_seqlens_q=cu)[0]\n")
-    return root
-
-
-def test_upstream_is_loaded_under_another_name(tmp_path):
-    import flash_sink_attn
-
-    path = upstream_copy(tmp_path)
-    for given in (path, path / "flash_sink_attn"):
-        peer = upstream.make({"path": str(given)})
-        peer.check_installed()  # without running its __init__
-        check(peer, case_of("bwd", window=9), missing=("lse",))
-    check(peer, case_of("fwd", seqlens=(13, 1, 26), window=6), missing=("lse",))
-    assert sys.modules["flash_sink_attn"] is flash_sink_attn
-    assert len(peer.versions()["upstream_source"]) == 12
-
-
-def test_upstreams_blocks_are_its_globals(tmp_path):
-    peer = upstream.make({"path": str(upstream_copy(tmp_path)), "disable_bf16_atomic_add": True})
-    assert list(peer.space(case_of())) == [{"BLOCK_M": 64, "BLOCK_N": 64}, {"BLOCK_M": 128, "BLOCK_N": 128}]
-    assert "equal blocks" in peer.rejected(case_of(), {"BLOCK_M": 64, "BLOCK_N": 128}, 90)
-    assert "equal blocks" in peer.rejected(case_of(), {"BLOCK_M": 32, "BLOCK_N": 32}, 90)
-    seen = peer.load("flash_sink_attn_gpt_oss").SEEN
-    small, large = (peer.prepare(case_of(), {"BLOCK_M": b, "BLOCK_N": b}, inputs_of(case_of())) for b in (64, 128))
-    del seen[:]
-    small.run()
-    large.run()
-    small.run()
-    assert seen == [(64, 64, True), (128, 128, True), (64, 64, True)]
-    only = upstream.make({"path": "x", "block": 128})
-    assert list(only.space(case_of())) == [{"BLOCK_M": 128, "BLOCK_N": 128}]
-    with pytest.raises(ValueError, match="block"):
-        upstream.make({"block": 96})
-
-
-def test_paths_that_lead_nowhere(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        configured_path("upstream", {"path": str(tmp_path / "no")}, "a folder")
-    with pytest.raises(FileNotFoundError, match="expected a folder with"):
-        upstream.make({"path": str(tmp_path)}).check_installed()
-    assert upstream.make({"path": str(tmp_path)}).versions() == {}
-
-
-def test_a_file_may_import_what_is_not_installed(tmp_path):
-    file = tmp_path / "attention.py"
-    file.write_text("import not_installed\n\n"
-                    "@not_installed.mark.parametrize('x', [1])\ndef f(x):\n    pass\n\nVALUE = 7\n")
-    module = load_file("_peer_test_file", file, stand_ins={"not_installed": gptoss_triton._Anything("not_installed")})
-    assert module.VALUE == 7 and load_file("_peer_test_file", file) is module
-    assert "not_installed" not in sys.modules
-    with pytest.raises(ModuleNotFoundError):
-        load_file("_peer_test_other", file)
-    assert "_peer_test_other" not in sys.modules
-
-
-def test_tilelangs_example_gets_its_layout(tmp_path, monkeypatch):
-    file = tmp_path / "example.py"
-    file.write_text(
-        "from flash_sink_attn.reference import attention_reference\n"
-        "def attention(q, k, v, sinks, window, groups):\n"
-        "    assert all(t.is_contiguous() or t.requires_grad for t in (q, k, v)) and sinks.dtype == q.dtype\n"
-        "    assert q.shape[1] == groups * k.shape[1]\n"
-        "    q, k, v = (t.transpose(1, 2) for t in (q, k, v))\n"
-        "    return attention_reference(q, k, v, sinks, window=window)[0].transpose(1, 2)\n")
-    peer = tilelang.make({"path": str(file)})
-    for pass_ in ("fwd", "bwd"):
-        prepared = check(peer, case_of(pass_, seqlen_q=96, seqlen_k=96, window=64, head_dim=32, head_dim_v=32),
-                         missing=("lse",))
-        assert "rounded to bfloat16" in prepared.note
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_gptoss_prepares_what_its_kernel_takes(tmp_path, monkeypatch):
-    file = tmp_path / "attention.py"
-    file.write_text("import pytest\n\nclass _Kernel:\n    calls = []\n    def __getitem__(self, grid):\n"
-                    "        return lambda *a, **k: self.calls.append((grid, a, k))\n_attn_fwd = _Kernel()\n")
-    peer = gptoss_triton.make({"path": str(file)})
-    case = case_of("fwd", seqlen_q=100, seqlen_k=100, head_dim=64, head_dim_v=64, window=9)
-    inputs = inputs_of(case, torch.bfloat16)
-    prepared = peer.prepare(case, {}, inputs)
-    (grid, arguments, options), = peer._load()._attn_fwd.calls
-    assert grid == (2, 8, 1)
-    q, k, v, sinks, scale, m, o, start_q, *sizes = arguments
-    assert [list(t.shape) for t in (q, k, v, o)] == [[2, 4, 128, 64]] * 4 and list(m.shape) == [2, 4, 128]
-    assert torch.equal(k.base[:, 3, :100], inputs.k[:, :, 1]) and k.base[:, :, 100:].abs().max() == 0
-    assert sinks is inputs.sinks and scale == inputs.softmax_scale and int(start_q) == 0 and sizes == [2, 4]
-    assert options == {"N_Q_CTX": 128, "N_KV_CTX": 100, "HEAD_DIM": 64, "BANDWIDTH": 9, "BLOCK_M": 64, "BLOCK_N": 64}
-    prepared.poison()
-    assert prepared.outputs()["o"].shape == (2, 100, 4, 64) and prepared.outputs()["o"].isnan().all()
