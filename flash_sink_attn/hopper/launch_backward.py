@@ -200,7 +200,7 @@ def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) 
         registers, maxnreg = 240, 168
     sums = workspace((tiles * c.units * split * warpgroups * 2 * 64 * c.width,), torch.float32,
                      c.q.device) if split > 1 else None
-    # under a window it was slower by 3 to 4% but for one of five shapes
+    # K in registers; under a window that was 3 to 15% slower in three of four shapes
     keep = accumulates and c.width == 64 and not c.window
     compiled = _launch_keeping(keep, hopper_bwd_keys_kernel, tiles * c.units * split, c.q.device, [
         *map(c.described, (c.q, c.k, c.v, c.do, c.dk, c.dv)), c.dk, c.dv, sums, scratch, turn, c.lse2, c.delta,
