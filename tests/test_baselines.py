@@ -1,4 +1,4 @@
-"""The peers: what runs on a CPU against float64, the others' limits, reasons and loading."""
+"""The peers: what runs on a CPU against float64, the others' limits and reasons."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k,
     # of the packed batch's tokens, or the sequence's, in one head after the other
     row_at = (b * (heads_kv * GROUP) + head * GROUP) * seqlen_q.to(gl.int64) + start_q + token
     lse, lse_gradient, sink = _head_statistics(Lse, DLse, Sinks, row_at, low + INDEX, head * GROUP, seqlen_q,
-                                            inside, ok & (low + INDEX < high))
+                                               inside, ok & (low + INDEX < high))
     for i in range((HEADS + WARPGROUPS - 1) // WARPGROUPS):
         member = low + i * WARPGROUPS + INDEX
         if member < high:
@@ -175,7 +175,7 @@ def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k,
                 sink2 = sink * LOG2E
                 gradient = lse_gradient
                 lse, lse_gradient, sink = _head_statistics(Lse, DLse, Sinks, row_at, member + WARPGROUPS, head * GROUP,
-                                                        seqlen_q, inside, member + WARPGROUPS < high)
+                                                           seqlen_q, inside, member + WARPGROUPS < high)
                 mbarrier.wait(q_ready.index(at), q_phase)
                 o = o_smem.index(at).reshape([64, D])
                 do = do_smem.index(at).reshape([64, D])
