@@ -40,7 +40,7 @@ def is_descriptor(x: Any) -> bool:
 def launch(
     kernel: Any, programs: int, device: torch.device, runtime: Sequence[Any], constants: Mapping[str, Any], *,
     num_warps: int, num_stages: int | None = None, maxnreg: int | None = None,
-    check: Callable[[Any], str | None] | None = None,
+    check: Callable[[Any], str | None] | None = None, dependent: bool = False,
 ) -> Any:
     """Launch on ``device`` (returns the compiled kernel, None when interpreted), or only compile on meta.
 
@@ -55,13 +55,16 @@ def launch(
         constants: its constexprs by name, in order.
         num_warps, num_stages, maxnreg: compile options; None = Triton's default.
         check: says of a kernel just compiled why it must not run, or None.
+        dependent: whether its programs may start before those of the launch before it have ended, for whose results
+            they wait themselves: see flash_sink_attn.hopper.common.
 
     Raises:
         MiscompiledError: ``check`` said so, now or in an earlier launch.
     """
+    options = _options(num_warps, num_stages, maxnreg, dependent)
     settle_key(kernel)  # before anything looks it up: its hash is that key
     if device.type != "cuda":
-        return _launch_new(kernel, programs, runtime, constants, _options(num_warps, num_stages, maxnreg), check, None,
+        return _launch_new(kernel, programs, runtime, constants, options, check, None,
                            warm_up_only=device.type == "meta")
     kinds: list[Any] = []
     plain, specialised = programs > 0, _specialised(kernel)
@@ -77,7 +80,7 @@ def launch(
             kinds.append(None)
         elif is_descriptor(x):
             kinds += (x.base.dtype, *x.block_shape, getattr(x, "layout", None))
-    key = (kernel, device.index, num_warps, num_stages, maxnreg, *kinds, *constants.values())
+    key = (kernel, device.index, num_warps, num_stages, maxnreg, dependent, *kinds, *constants.values())
     # Triton launches on the current device
     away = device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if away else contextlib.nullcontext():
@@ -88,7 +91,7 @@ def launch(
             compiled[programs, 1, 1](*runtime, *constants.values())
             _note(compiled, programs, runtime, constants)
             return compiled
-        return _launch_new(kernel, programs, runtime, constants, _options(num_warps, num_stages, maxnreg), check,
+        return _launch_new(kernel, programs, runtime, constants, options, check,
                            key if plain else None)
 
 
@@ -98,8 +101,8 @@ def _specialised(kernel: Any) -> frozenset[int]:
     return frozenset(i for i, p in enumerate(getattr(kernel, "params", ())) if not p.do_not_specialize)
 
 
-def _options(num_warps: int, num_stages: int | None, maxnreg: int | None) -> dict[str, int]:
-    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+def _options(num_warps: int, num_stages: int | None, maxnreg: int | None, dependent: bool) -> dict[str, int]:
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "launch_pdl": dependent or None}
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -46,6 +46,8 @@ FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
     "128-split-four": (128, dataclasses.replace(ACCUMULATE_128, SPLIT_GROUP=4), None),
     "64-recompute": (64, RECOMPUTE, 200),
     "128-recompute-split": (128, dataclasses.replace(RECOMPUTE, SPLIT_GROUP=2), 200),
+    "64-ordered-split-four": (64, dataclasses.replace(ORDERED_64, SPLIT_GROUP=4), None),
+    "128-recompute-split-four": (128, dataclasses.replace(RECOMPUTE, SPLIT_GROUP=4), None),
     "64-recompute-two": (64, RECOMPUTE_TWO, 128),
     "96-recompute": (96, RECOMPUTE, 100),
     "128-recompute": (128, RECOMPUTE, 256),

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from tests.hopper_worker import Worker, serve
 
 # Kernels that take a second or two, built when the others are done or on their way.
-QUICK = ("hopper_bwd_rows_kernel", "hopper_bwd_round_kernel", "hopper_bwd_join_kernel", "hopper_bwd_shares_kernel")
+QUICK = ("hopper_bwd_offsets_kernel", "hopper_bwd_rows_kernel", "hopper_bwd_finish_kernel", "hopper_bwd_join_kernel")
 MOST_HANGS = 3  # in all; more say nothing new and take long
 COMPILE_LIMIT_S = 300.0  # of one kernel
 

@@ -6,6 +6,7 @@ FLASH_SINK_ATTN_RANDOM_SHAPES says how many random calls are made; default 20.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -123,6 +124,35 @@ def test_the_same_bits_on_request(worker: Worker, family: str) -> None:
 def test_random_shapes(worker: Worker, seed: int) -> None:
     """``python -m tests.hopper_backward_random --only SEED`` makes one again."""
     judge(worker, draw(seed, kinds=max(7, min(len(KINDS), RANDOM // 3))))
+
+
+# Offsets that fall, that leave sequences out, and that point outside; in a process that may hang.
+WRONG_OFFSETS = """
+import sys, torch
+from flash_sink_attn import flash_sink_attn_varlen_func
+from tests.hopper_backward_cases import FAMILIES, case
+
+of = case(FAMILIES[sys.argv[1]], seqlens=(4000, 300, 200), group=4)
+for values in ((0, 4000, 500, 4500), (0, 4500, 0, 4500), (-70, 10**9, 3, 64), (4000, 3000, 2000, 1000)):
+    x = of.inputs("cuda")
+    given = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.sinks)]
+    offsets = torch.tensor(values, dtype=torch.int32, device="cuda")
+    o = flash_sink_attn_varlen_func(*given, offsets, of.window, impl="hopper",
+                                    deterministic=of.config.get("DETERMINISTIC") or None,
+                                    config={"hopper_fwd": of.forward, "hopper_bwd": of.config})
+    o.backward(x.do)
+    torch.cuda.synchronize()
+print("ended")
+"""
+
+
+@needs_hopper
+@pytest.mark.parametrize("family", ["64", "64-ordered", "128-ordered-split", "128-recompute", "64-slide", "256"])
+def test_wrong_cu_seqlens_end_and_stay_in_bounds(family: str) -> None:
+    """What they point at is wrong, so results are; but nothing waits for a tile that no program has."""
+    code = [sys.executable, "-c", WRONG_OFFSETS, family]
+    ended = subprocess.run(code, capture_output=True, text=True, timeout=LIMIT_S)
+    assert ended.stdout == "ended\n", ended.stderr[-2000:]
 
 
 # What makes the calls, without a GPU

@@ -68,7 +68,7 @@ for line in sys.stdin:
 WIDE = {"hopper_bwd_wide_kernel"}
 MATRIX = {0: {"hopper_bwd_keys_kernel"}, 1: {"hopper_bwd_keys_kernel", "hopper_bwd_queries_kernel"},
           2: {"hopper_bwd_slide_kernel"}}
-BESIDE = {0: {"hopper_bwd_rows_kernel", "hopper_bwd_round_kernel"}, 1: set(), 2: {"hopper_bwd_join_kernel"}}
+BESIDE = {0: {"hopper_bwd_rows_kernel", "hopper_bwd_finish_kernel"}, 1: set(), 2: {"hopper_bwd_join_kernel"}}
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def matrix(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_multiplies_on_the_tensor_cores_and_does_not_serialise(built: dict[str, Any], name: str) -> None:
-    shares = {"hopper_bwd_shares_kernel"} if CASES[name].config["SPLIT_GROUP"] > 1 else set()
-    assert set(built[name]) == matrix(name) | BESIDE[CASES[name].config["FORM"]] | shares
+    finish = {"hopper_bwd_finish_kernel"} if CASES[name].config["SPLIT_GROUP"] > 1 else set()
+    assert set(built[name]) == matrix(name) | BESIDE[CASES[name].config["FORM"]] | finish
     for kernel in matrix(name):
         found = built[name][kernel]
         assert found["hgmma"] >= 12 and found["warnings"] == [], (kernel, found)

@@ -28,6 +28,7 @@ from flash_sink_attn.hopper.backward_common import (
 from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, keep_order, key_tile, next_tile
 from flash_sink_attn.hopper.common import (
     advance,
+    await_launch_before,
     barrier_arrive,
     barrier_init,
     barrier_wait,
@@ -56,6 +57,8 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
         for c in gl.static_range(WARPGROUPS):
             tma.async_copy_global_to_shared(v_desc, [b, start_k + first_key + c * 64, head, 0], kv_ready,
                                             v_smem.index(c))
+    await_launch_before()
+    if ok:
         row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
         m, g, left, total = first_tile(course)
         slot = 0

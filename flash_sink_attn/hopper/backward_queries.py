@@ -27,6 +27,7 @@ from flash_sink_attn.hopper.common import (
     LOG2E,
     advance,
     hold_half,
+    start_dependents,
 )
 
 
@@ -46,7 +47,7 @@ def _query_tile(cu_q, cu_k, work, WINDOW: gl.constexpr, VARLEN: gl.constexpr, BL
         start_k, len_k = other_bounds(cu_k, sequence, seqlen_k, start_q, len_q)
         b = 0
         base = (start_q // 64 + sequence) * 64
-        ok = m * 64 < len_q
+        ok = (m >= 0) & (m * 64 < len_q)  # offsets that fall lead before a sequence's beginning
     else:
         s = tile // (section * tiles)
         r = tile - s * (section * tiles)
@@ -264,6 +265,7 @@ def hopper_bwd_queries_kernel(
 ):
     """One program per 64 queries, key head, and share of its group of query heads: dQ of these, and the statistics and
     parts of the sinks' gradient that hopper_bwd_keys_kernel reads."""
+    start_dependents()
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS * Q_STAGES] + q_desc.block_type.shape, q_desc.layout)
     o_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS * Q_STAGES] + q_desc.block_type.shape, q_desc.layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -21,6 +22,24 @@ def _find(cu_seqlens, batch, total, tile, block):
     return sequence, start, end - start, tile - start // block - sequence
 
 
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=["batch", "total"])
+def hopper_bwd_offsets_kernel(CuSeqlens, Rising, batch, total):
+    """A packed batch's offsets as they are where they are right, and never falling where they are not: every tile of
+    a sequence then has a program. One program."""
+    before = 0
+    for first in range(0, batch + 1, 128):
+        index = first + tl.arange(0, 128)
+        x = tl.load(CuSeqlens + index, mask=index <= batch, other=0)
+        x = tl.maximum(tl.associative_scan(tl.minimum(tl.maximum(x, 0), total), 0, _larger), before)
+        tl.store(Rising + index, x, mask=index <= batch)
+        before = tl.max(x, 0)
+
+
 @triton.jit(do_not_specialize=["batch", "seqlen", "heads", "tiles"])
 def hopper_bwd_rows_kernel(
     O, DO, Lse, DLse, Sinks, Lse2, Delta, Part, DQ, Turn, CuSeqlens, stride_b, stride_t, stride_h, batch, seqlen,
@@ -33,6 +52,7 @@ def hopper_bwd_rows_kernel(
     tiles: of a sequence, of a packed batch the number of slots. Strides of DO, in elements. D, D_TRUE: of O and DO, the
     power of two and the head dim. WIDTH: columns of DQ, a multiple of 64.
     """
+    gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
     tile = pid % tiles
     unit = pid // tiles
@@ -87,13 +107,10 @@ def _ordered(x, COLUMNS: tl.constexpr):
     return tl.reshape(tl.permute(x, (1, 4, 2, 0, 3, 5)), [64, COLUMNS])
 
 
-@triton.jit(do_not_specialize=["batch", "seqlen", "heads", "tiles", "slots"])
-def hopper_bwd_round_kernel(
-    Scratch, DQ, Part, DSinks, CuSeqlens, batch, seqlen, heads, tiles, slots, scale,
-    D: tl.constexpr, D_TRUE: tl.constexpr, VARLEN: tl.constexpr,
-):
+@triton.jit
+def _round(pid, Scratch, DQ, Part, DSinks, CuSeqlens, batch, seqlen, heads, tiles, slots, scale,
+           D: tl.constexpr, D_TRUE: tl.constexpr, VARLEN: tl.constexpr):
     """dQ from scratch, 64 rows of a head, times the softmax scale; a head's first program sums its sink's parts."""
-    pid = tl.program_id(0).to(tl.int64)
     tile = pid % tiles
     unit = pid // tiles
     h = unit % heads
@@ -116,6 +133,63 @@ def hopper_bwd_round_kernel(
         tl.store(DQ + to[:, None] + column[None, :], x, mask=inside)
 
 
+@triton.jit
+def _add_shares(pid, Sums, DK, DV, CuSeqlens, batch, seqlen, heads_kv, tiles, SPLIT: tl.constexpr,
+                WARPGROUPS: tl.constexpr, D: tl.constexpr, D_TRUE: tl.constexpr, VARLEN: tl.constexpr):
+    """dK or dV of 64 keys, from what SPLIT programs found for their shares of the query heads."""
+    which = pid % 2
+    warpgroup = pid // 2 % WARPGROUPS
+    place = pid // 2 // WARPGROUPS
+    start = 0
+    length = seqlen
+    if VARLEN:
+        head = place % heads_kv
+        b = 0
+        sequence, start, length, n = _find(CuSeqlens, batch, seqlen, place // heads_kv, 64 * WARPGROUPS)
+    else:
+        n = place % tiles
+        head = place // tiles % heads_kv
+        b = place // tiles // heads_kv
+    first = (n * WARPGROUPS + warpgroup) * 64
+    if first < length:
+        total = tl.zeros([64 * D], tl.float32)
+        for share in tl.static_range(SPLIT):
+            at = (((place * SPLIT + share) * WARPGROUPS + warpgroup) * 2 + which) * (64 * D)
+            total += tl.load(Sums + at + tl.arange(0, 64 * D))
+        total = _ordered(total.to(DK.dtype.element_ty), D)
+        row = first + tl.arange(0, 64)
+        column = tl.arange(0, D)[None, :]
+        inside = (row < length)[:, None] & (column < D_TRUE)
+        to = ((b * seqlen + start + row) * heads_kv + head)[:, None] * D_TRUE + column
+        if which == 0:
+            tl.store(DK + to, total, mask=inside)
+        else:
+            tl.store(DV + to, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_q", "heads_kv", "tiles_q", "tiles_k", "slots",
+                               "rounds"])
+def hopper_bwd_finish_kernel(
+    Scratch, DQ, Sums, DK, DV, Part, DSinks, CuSeqlensQ, CuSeqlensK, batch, seqlen_q, seqlen_k, heads_q, heads_kv,
+    tiles_q, tiles_k, slots, rounds, scale,
+    SPLIT: tl.constexpr, WARPGROUPS: tl.constexpr, D: tl.constexpr, D_TRUE: tl.constexpr, VARLEN: tl.constexpr,
+):
+    """What is left once all products are done: the first ``rounds`` programs make dQ of its sums where it was added up
+    in Scratch, the others dK and dV of the parts in Sums where programs shared a group.
+
+    tiles_q, tiles_k: of 64 queries, and of 64 * WARPGROUPS keys, in a sequence; of a packed batch the number of slots.
+    """
+    gdc_wait()
+    pid = tl.program_id(0).to(tl.int64)
+    if pid < rounds:
+        if Scratch is not None:
+            _round(pid, Scratch, DQ, Part, DSinks, CuSeqlensQ, batch, seqlen_q, heads_q, tiles_q, slots, scale, D,
+                   D_TRUE, VARLEN)
+    elif Sums is not None:
+        _add_shares(pid - rounds, Sums, DK, DV, CuSeqlensK, batch, seqlen_k, heads_kv, tiles_k, SPLIT, WARPGROUPS, D,
+                    D_TRUE, VARLEN)
+
+
 @triton.jit(do_not_specialize=["batch", "seqlen", "heads_kv", "heads_q", "rows", "run", "runs", "slots"])
 def hopper_bwd_join_kernel(
     Shared, DK, DV, Part, DSinks, CuSeqlens, batch, seqlen, heads_kv, heads_q, rows, run, runs, slots, scale,
@@ -126,6 +200,7 @@ def hopper_bwd_join_kernel(
     runs: of a sequence, of a packed batch the number of slots.
     """
     pid = tl.program_id(0)
+    gdc_wait()
     blocks = runs * 4 * heads_kv
     if not VARLEN:
         blocks = (runs - 1) * 4 * heads_kv * batch
@@ -160,43 +235,3 @@ def hopper_bwd_join_kernel(
                 tl.store(DK + to, total, mask=(row < length)[:, None])
             else:
                 tl.store(DV + to, total, mask=(row < length)[:, None])
-
-
-@triton.jit(do_not_specialize=["batch", "seqlen", "heads_kv", "tiles"])
-def hopper_bwd_shares_kernel(
-    Sums, DK, DV, CuSeqlens, batch, seqlen, heads_kv, tiles,
-    SPLIT: tl.constexpr, WARPGROUPS: tl.constexpr, D: tl.constexpr, D_TRUE: tl.constexpr, VARLEN: tl.constexpr,
-):
-    """dK or dV of 64 keys, from what SPLIT programs found for their shares of the query heads.
-
-    tiles: of 64 * WARPGROUPS keys in a sequence, of a packed batch the number of slots. CuSeqlens: of the keys.
-    """
-    pid = tl.program_id(0)
-    which = pid % 2
-    warpgroup = pid // 2 % WARPGROUPS
-    place = pid // 2 // WARPGROUPS
-    start = 0
-    length = seqlen
-    if VARLEN:
-        head = place % heads_kv
-        b = 0
-        sequence, start, length, n = _find(CuSeqlens, batch, seqlen, place // heads_kv, 64 * WARPGROUPS)
-    else:
-        n = place % tiles
-        head = place // tiles % heads_kv
-        b = place // tiles // heads_kv
-    first = (n * WARPGROUPS + warpgroup) * 64
-    if first < length:
-        total = tl.zeros([64 * D], tl.float32)
-        for share in tl.static_range(SPLIT):
-            at = (((place * SPLIT + share) * WARPGROUPS + warpgroup) * 2 + which).to(tl.int64) * (64 * D)
-            total += tl.load(Sums + at + tl.arange(0, 64 * D))
-        total = _ordered(total.to(DK.dtype.element_ty), D)
-        row = first + tl.arange(0, 64)
-        column = tl.arange(0, D)[None, :]
-        inside = (row < length)[:, None] & (column < D_TRUE)
-        to = ((b * seqlen + start + row).to(tl.int64) * heads_kv + head)[:, None] * D_TRUE + column
-        if which == 0:
-            tl.store(DK + to, total, mask=inside)
-        else:
-            tl.store(DV + to, total, mask=inside)

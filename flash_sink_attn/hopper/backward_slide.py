@@ -50,7 +50,7 @@ def _run(cu_q, work, run, VARLEN: gl.constexpr, NUM_WARPS: gl.constexpr):
         sequence, start, length, r = find_padded(cu_q, batch, seqlen_q, number, 64 * run, NUM_WARPS)
         b = 0
         base = start // 64 + sequence
-        ok = r * run * 64 < length
+        ok = (r >= 0) & (r * run * 64 < length)  # offsets that fall lead before a sequence's beginning
     else:
         runs = gl.cdiv(seqlen_q, 64 * run)
         r = number % runs

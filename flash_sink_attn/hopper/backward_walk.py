@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from flash_sink_attn.hopper.backward_common import find_padded
-from flash_sink_attn.hopper.common import barrier_arrive, barrier_wait, sequence_bounds
+from flash_sink_attn.hopper.common import await_launch_before, barrier_arrive, barrier_wait, sequence_bounds
 
 # Tiles of dQ that may have their turn before they are added.
 TURNS: gl.constexpr = gl.constexpr(4)
@@ -38,7 +38,7 @@ def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT
             start_q, len_q = sequence_bounds(cu_q, sequence, seqlen_q)
         b = 0
         base = (start_q // 64 + sequence) * 64
-        ok = n * BLOCK_N < len_k
+        ok = (n >= 0) & (n * BLOCK_N < len_k)  # offsets that fall lead before a sequence's beginning
         place = tile
         down = True
     else:
@@ -139,6 +139,7 @@ def keep_order(Turn, cu_q, cu_k, turn, added, passed, work, BLOCK_N: gl.constexp
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
         cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, True, 1)
+    await_launch_before()
     if ok:
         n = first_key // BLOCK_N
         head_rows = rows // 64

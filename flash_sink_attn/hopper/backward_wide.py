@@ -22,6 +22,7 @@ from flash_sink_attn.hopper.backward_common import probabilities, scratch_add_64
 from flash_sink_attn.hopper.backward_walk import first_tile, key_tile, next_tile
 from flash_sink_attn.hopper.common import (
     advance,
+    await_launch_before,
     barrier_arrive,
     barrier_init,
     barrier_wait,
@@ -53,6 +54,8 @@ def _load(descs, Lse2, Delta, cu_q, cu_k, smem, bars, work, shape: gl.constexpr)
         if D2:
             tma.async_copy_global_to_shared(k2_desc, [b, start_k + first_key, head, D], kv_ready, k2_smem.index(0))
         tma.async_copy_global_to_shared(v_desc, [b, start_k + first_key, head, 0], kv_ready, v_smem.index(0))
+    await_launch_before()
+    if ok:
         row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
         m, g, left, total = first_tile(course)
         slot = 0

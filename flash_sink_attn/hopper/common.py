@@ -220,6 +220,25 @@ def find_tile(cu_seqlens, batch, total, tile, BLOCK: gl.constexpr, NUM_WARPS: gl
     return sequence, tile - tiles_before
 
 
+# Launches of one call overlap: a kernel that was launched as dependent starts its programs once all of the one before
+# have called start_dependents or have ended, and whatever that one wrote is there after await_launch_before. Each
+# program of a dependent kernel waits: so when it has ended, all before it has.
+
+
+@gluon.jit
+def start_dependents():
+    """Lets the programs of the next launch start where there is room; they wait in :func:`await_launch_before`."""
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32,
+                              is_pure=False, pack=1)
+
+
+@gluon.jit
+def await_launch_before():
+    """Until the launch before this one has ended and all that it wrote can be read, by the whole program: who is told
+    by a thread that waited need not wait."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 # Barriers of our own. mbarrier.arrive of Triton 3.6 first makes the whole warpgroup meet, so that one thread can speak
 # for it, and then the compiler makes it meet again: four times a step. Here each warp speaks for itself.
 

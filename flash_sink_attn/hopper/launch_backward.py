@@ -14,10 +14,10 @@ from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HOPPER_SLIDE_WINDOW,
 from flash_sink_attn.hopper.backward_keys import hopper_bwd_keys_kernel
 from flash_sink_attn.hopper.backward_queries import hopper_bwd_queries_kernel
 from flash_sink_attn.hopper.backward_rows import (
+    hopper_bwd_finish_kernel,
     hopper_bwd_join_kernel,
-    hopper_bwd_round_kernel,
+    hopper_bwd_offsets_kernel,
     hopper_bwd_rows_kernel,
-    hopper_bwd_shares_kernel,
 )
 from flash_sink_attn.hopper.backward_slide import hopper_bwd_slide_kernel
 from flash_sink_attn.hopper.backward_wide import hopper_bwd_wide_kernel
@@ -148,7 +148,7 @@ def _slides(sequences: Sequences, window: int | None) -> bool:
 
 def _accumulate(call: _Call) -> Any:
     """Statistics and zeros, then dK and dV with dQ added up in float32, then dQ in the tensor's own type."""
-    c, device = call, call.q.device
+    c, device = _rising(call), call.q.device
     scratch = workspace((c.slots * c.q.shape[-2] * 64 * c.width,), torch.float32, device)
     heads, common = c.q.shape[-2], {"VARLEN": c.sequences.varlen}
     width_v = hopper_bwd_width(c.v.shape[-1])
@@ -160,12 +160,26 @@ def _accumulate(call: _Call) -> Any:
         c.o, c.do, c.lse, c.dlse, c.sinks, c.lse2, c.delta, c.parts, scratch, turn, cu_q, *strides, c.sequences.batch,
         c.sequences.seqlen_q, heads, c.tiles,
     ], {"D": width_v, "D_TRUE": c.v.shape[-1], "WIDTH": c.width} | common, num_warps=4 if width_v == 64 else 8)
-    compiled = _wide(c, scratch) if c.width > 128 else _keys(c, scratch, turn)
-    launch(hopper_bwd_round_kernel, c.slots * heads, device, [
-        scratch, c.dq, c.parts, c.dsinks, cu_q, c.sequences.batch, c.sequences.seqlen_q, heads, c.tiles, c.slots,
-        c.scale,
-    ], {"D": c.width, "D_TRUE": c.q.shape[-1]} | common, num_warps=4)
+    compiled, sums = (_wide(c, scratch), None) if c.width > 128 else _keys(c, scratch, turn)
+    _finish(c, scratch, sums)
     return compiled
+
+
+def _rising(call: _Call) -> _Call:
+    """With keys' offsets that never fall where tiles of keys wait for one another: for one that no program has, they
+    would wait for ever."""
+    sequences = call.sequences
+    if not (call.config.DETERMINISTIC and sequences.varlen):
+        return call
+    own = sequences.cu_seqlens_k
+    offsets = sequences.cu_seqlens_q if own is None else own
+    assert offsets is not None
+    rising = workspace(offsets.shape, torch.int32, call.q.device)
+    launch(hopper_bwd_offsets_kernel, 1, call.q.device, [offsets, rising, sequences.batch, sequences.seqlen_k], {},
+           num_warps=4)
+    risen = (dataclasses.replace(sequences, cu_seqlens_q=rising) if own is None
+             else dataclasses.replace(sequences, cu_seqlens_k=rising))
+    return dataclasses.replace(call, sequences=risen)
 
 
 def _recompute(call: _Call) -> Any:
@@ -183,12 +197,14 @@ def _recompute(call: _Call) -> Any:
         "WARPGROUPS": warpgroups, "BLOCK_N": 64, "STAGES": 2, "Q_STAGES": 1, "VARLEN": c.sequences.varlen,
         "WINDOW": c.window > 0, "REGISTERS": registers, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
     }, maxnreg)
-    return _keys(c, None, None)
+    compiled, sums = _keys(c, None, None)
+    _finish(c, None, sums)
+    return compiled
 
 
-def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) -> Any:
+def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
     """dK and dV, and with ``scratch`` dQ, in one order with ``turn``; without it the sinks' gradients, whose parts were
-    written by the launch before."""
+    written by the launch before. Where programs share a group, it returns their parts of dK and dV."""
     c, config = call, call.config
     warpgroups, split = config.BLOCK_N // 64, config.SPLIT_GROUP
     tiles = _slots(c.sequences, c.sequences.seqlen_k, config.BLOCK_N)
@@ -214,15 +230,25 @@ def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) 
         "DQ_BY": (1 if c.width == 64 else 2) if accumulates else 0, "ORDERED": turn is not None,
         "ROUNDED": not accumulates or c.width > 64,
         "REGISTERS": registers, "DQ_REGISTERS": dq_registers, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
-    }, config.maxnreg or maxnreg)
-    if split > 1:
-        own_k = c.sequences.cu_seqlens_k
-        launch(hopper_bwd_shares_kernel, tiles * c.units * warpgroups * 2, c.q.device, [
-            sums, c.dk, c.dv, c.sequences.cu_seqlens_q if own_k is None else own_k, c.sequences.batch,
-            c.sequences.seqlen_k, c.heads_kv, tiles,
-        ], {"SPLIT": split, "WARPGROUPS": warpgroups, "D": c.width, "D_TRUE": c.q.shape[-1],
-            "VARLEN": c.sequences.varlen}, num_warps=4)
-    return compiled
+    }, config.maxnreg or maxnreg, dependent=True)
+    return compiled, sums
+
+
+def _finish(call: _Call, scratch: torch.Tensor | None, sums: torch.Tensor | None) -> None:
+    """What is left: dQ and the sinks' gradients from ``scratch``, dK and dV from ``sums``, where there are such."""
+    c, config = call, call.config
+    heads, warpgroups = c.q.shape[-2], config.BLOCK_N // 64
+    tiles_k = _slots(c.sequences, c.sequences.seqlen_k, config.BLOCK_N)
+    rounds = 0 if scratch is None else c.slots * heads
+    shares = 0 if sums is None else tiles_k * c.units * warpgroups * 2
+    cu_q, own_k = c.sequences.cu_seqlens_q, c.sequences.cu_seqlens_k
+    if rounds + shares:
+        launch(hopper_bwd_finish_kernel, rounds + shares, c.q.device, [
+            scratch, c.dq, sums, c.dk, c.dv, *((None, None) if scratch is None else (c.parts, c.dsinks)), cu_q,
+            cu_q if own_k is None else own_k, c.sequences.batch, c.sequences.seqlen_q, c.sequences.seqlen_k, heads,
+            c.heads_kv, c.tiles, tiles_k, c.slots, rounds, c.scale,
+        ], {"SPLIT": config.SPLIT_GROUP, "WARPGROUPS": warpgroups, "D": c.width, "D_TRUE": c.q.shape[-1],
+            "VARLEN": c.sequences.varlen}, num_warps=4, dependent=True)
 
 
 def _overwritten(compiled: Any) -> str | None:
@@ -233,11 +259,11 @@ def _overwritten(compiled: Any) -> str | None:
 
 
 def _launch_keeping(keep: bool, kernel: Any, programs: int, device: torch.device, runtime: Sequence[Any],
-                    constants: Mapping[str, Any], maxnreg: int) -> Any:
+                    constants: Mapping[str, Any], maxnreg: int, dependent: bool = False) -> Any:
     """Launch a kernel with KEEP where ``keep``, or without it where the compiler's code for that is wrong."""
     def launched(keep: bool) -> Any:
         return launch(kernel, programs, device, runtime, {**constants, "KEEP": keep}, num_warps=4, maxnreg=maxnreg,
-                      check=_overwritten if keep else None)
+                      check=_overwritten if keep else None, dependent=dependent)
 
     try:
         return launched(keep)
@@ -265,7 +291,7 @@ def _wide(call: _Call, scratch: torch.Tensor) -> Any:
         "GROUP": c.group, "D": first, "D2": second, "DV": width_v, "STAGES": c.config.num_stages,
         "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "REGISTERS": 240,
         "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
-    }, num_warps=4, maxnreg=168)
+    }, num_warps=4, maxnreg=168, dependent=True)
 
 
 def _slide(call: _Call) -> Any:
@@ -290,7 +316,7 @@ def _slide(call: _Call) -> Any:
     launch(hopper_bwd_join_kernel, blocks + (0 if c.parts is None else heads), device, [
         shared, c.dk, c.dv, c.parts, c.dsinks, cu_q, c.sequences.batch, c.sequences.seqlen_q, c.heads_kv, heads,
         c.rows, run, runs, c.slots, c.scale,
-    ], {"D": c.width, "VARLEN": varlen}, num_warps=4)
+    ], {"D": c.width, "VARLEN": varlen}, num_warps=4, dependent=True)
     return compiled
 
 
