@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 
-from flash_sink_attn.config import AnyConfig, HopperBwdConfig, HopperFwdConfig, Kernel, Pass, TileConfig, reproducible
+from flash_sink_attn.config import (
+    AnyConfig,
+    HopperBwdConfig,
+    HopperBwdForm,
+    HopperFwdConfig,
+    Kernel,
+    Pass,
+    TileConfig,
+    reproducible,
+)
 from flash_sink_attn.regimes import (
+    best_kind,
     few_rows,
     few_tiles,
     fits_ring,
-    hides_keys,
     idles,
     loads_itself,
     many_keys,
     packs_alone,
-    recomputes,
-    shares_group,
-    shares_in_window,
     short_window,
-    slides,
     small_dims,
     wants_more_at_once,
 )
@@ -168,18 +173,11 @@ def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
 
 
 def _hopper_backwards(key: ShapeKey, deterministic: bool) -> tuple[HopperBwdConfig, ...]:
-    again = _HOPPER_BWD_RECOMPUTE if recomputes(key, deterministic) else ()
-    if not hides_keys(key):  # twice the programs, of which short sequences have few
-        again = (*(dataclasses.replace(c, SPLIT_GROUP=2) for c in again), *again)
-    candidates = (*(_HOPPER_BWD_SLIDE if slides(key) else ()), *again,
-                  *(_HOPPER_BWD_SMALL_DIM if small_dims(key) else ()), *_HOPPER_BWD, *_HOPPER_BWD_LARGE_DIM)
-    programs: tuple[int, ...] = ()
-    if shares_group(key):
-        programs = (2,)
-    elif shares_in_window(key):
-        # four programs whose turns are in order have not been checked on a card
-        programs = (2,) if deterministic or recomputes(key) else (4, 2)
-    candidates = (*(dataclasses.replace(c, SPLIT_GROUP=n) for n in programs for c in candidates), *candidates)
+    adding = (*(_HOPPER_BWD_SMALL_DIM if small_dims(key) else ()), *_HOPPER_BWD, *_HOPPER_BWD_LARGE_DIM)
+    best = best_kind(key, deterministic)
+    of = {HopperBwdForm.ACCUMULATE: adding, HopperBwdForm.RECOMPUTE: _HOPPER_BWD_RECOMPUTE,
+          HopperBwdForm.SLIDE: _HOPPER_BWD_SLIDE}[best.form]
+    candidates = (*(dataclasses.replace(c, SPLIT_GROUP=best.shares) for c in of), *adding)
     return tuple(config for config in candidates if not deterministic or reproducible(config))
 
 

@@ -8,31 +8,28 @@ same kinds.
 
 from __future__ import annotations
 
+import functools
+
 from flash_sink_attn.config import HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperBwdForm, HopperFwdConfig, TileConfig
+from flash_sink_attn.estimate import PROGRAMS_AT_ONCE, Kind, group_of, microseconds
 from flash_sink_attn.tuned_table import Entry, ShapeKey
 
-PROGRAMS_AT_ONCE = 132  # multiprocessors of an H100
-# Adding dq up outside costs two launches more and a pass over it in float32, two more products per pair of tiles cost
-# by the window. At 8192 tokens the latter takes 1.04 of the time with 1024 keys at head dim 64; at head dim 128, with
-# 28/4 heads, 0.97 with 1024, 1.03 with 2048 and 1.05 with 4096, of a version that took up to 5% longer. By whether the
-# head dim is at most 64.
-RECOMPUTE_WINDOW = {True: 512, False: 1400}
+# Adding dq up outside costs a launch more and a pass over it in float32, two more products per pair of tiles cost by
+# the window. At head dim 64 the latter takes 1.05 of the time with 512 keys (4096 tokens); at head dim 128 0.92 with
+# 1024 (64/8 heads, 4096 tokens), and with 28/4 heads at 8192 tokens 1.03 with 2048 and 1.05 with 4096, of a version
+# that took up to 5% longer. By whether the head dim is at most 64.
+RECOMPUTE_WINDOW = {True: 384, False: 1400}
 # Where dq has to be added up in order otherwise, and at head dim 64 the order costs less than the products.
 _ORDERED_RECOMPUTE_WINDOW = {True: 512, False: 4096}
-_SHARED_WINDOW = 1400  # of either head dim, see shares_in_window
-_COST_OF_HALVES = 1.15  # see rounds_gain
-# Where the sections say nothing, with 64/8 heads on an H200: two programs for each group took 0.99, 0.97 and 0.97 of
-# the time with 16384 tokens at head dim 64, 32768 there and 16384 at 128, where a section has 97% of the
-# multiprocessors, and 0.93, 0.95 and 0.97 with 6100 and 13000 tokens at head dim 64 and 7300 at 128, where it has 73 to
-# 86%. With 97% and 4096 and 8192 tokens it was 1.00 to 1.04.
-_LONG_SEQUENCE = 16384
-_FULL_SECTION = 0.9
+# Under a longer window than that the last keys are seen by few queries: see shares_in_window.
+_SHARED_WINDOW = 1400
+# An entry of another shape is used where its kind is at most so much slower by the estimate than the best one.
+_NEAR = 1.03
+# Or, where the estimate is at odds with what was measured there, by at most so much: as far as it is here.
+_AT_ODDS = 1.08
 # From here on most blocks of keys need no mask, and large tiles read them less often.
 SHORT_WINDOW = 1024
-# Without a window, at head dims from 65 to 128. With up to 2048 tokens and 168 tiles of 128 keys making dq anew took
-# 0.78 to 0.90 of the time in five shapes, with 448 and 512 tiles 0.98 and 1.09, with 4096 tokens and more from 0.97 to
-# 1.13; without groups 0.90 and 0.95.
-_SHORT_SEQUENCE = 2048
+_SHORT_SEQUENCE = 2048  # see few_tiles
 _FEW_KEYS = 2304  # in a sequence, see loads_itself
 # Keys that a query sees in the mean: up to here 256 x 64 was the fastest forward tile at head dim 64 in all six shapes
 # of a run, by 3 to 11%; with more 192 x 128 was, but for one of five.
@@ -66,7 +63,7 @@ def fits_ring(config: HopperFwdConfig, window: int | None) -> bool:
 
 def packs_alone(key: ShapeKey) -> bool:
     """Whether programs that take eight heads of a group for 64 tokens all run at once, with room for more of them."""
-    return key.batch * key.heads_kv * -(-key.seqlen_q // 64) * max(1, _group(key) // 8) <= PROGRAMS_AT_ONCE
+    return key.batch * key.heads_kv * -(-key.seqlen_q // 64) * max(1, group_of(key) // 8) <= PROGRAMS_AT_ONCE
 
 
 def idles(config: HopperFwdConfig, key: ShapeKey) -> bool:
@@ -78,7 +75,7 @@ def idles(config: HopperFwdConfig, key: ShapeKey) -> bool:
     """
     if not config.PACK_HEADS or config.PROGRAMS_PER_SM or config.registers_per_thread <= 80 or not config.HEADS:
         return False
-    programs = key.batch * key.heads_kv * -(-key.seqlen_q // 64) * (_group(key) // (config.PACK_HEADS * config.HEADS))
+    programs = key.batch * key.heads_kv * -(-key.seqlen_q // 64) * (group_of(key) // (config.PACK_HEADS * config.HEADS))
     at_once = 2 * PROGRAMS_AT_ONCE
     return at_once < programs < 1.8 * at_once
 
@@ -120,7 +117,7 @@ def few_rows(key: ShapeKey) -> bool:
 def slides(key: ShapeKey) -> bool:
     """Whether the backward can slide over queries and keys at once (FORM 2)."""
     return (key.window is not None and key.window <= HOPPER_SLIDE_WINDOW and key.seqlen_q == key.seqlen_k
-            and key.head_dim == 64 and _group(key) > 1)
+            and key.head_dim == 64 and group_of(key) > 1)
 
 
 def few_tiles(key: ShapeKey) -> bool:
@@ -134,91 +131,67 @@ def few_tiles(key: ShapeKey) -> bool:
             and tiles <= 3 * PROGRAMS_AT_ONCE)
 
 
-def recomputes(key: ShapeKey, deterministic: bool = False) -> bool:
-    """Whether the backward is better off making dq in a kernel of its own (FORM 1) than adding it up."""
-    if hides_keys(key):
-        assert key.window is not None
-        return key.window <= (_ORDERED_RECOMPUTE_WINDOW if deterministic else RECOMPUTE_WINDOW)[small_dims(key)]
-    middle = not small_dims(key) and max(key.head_dim, key.head_dim_v) <= 128
-    short = key.seqlen_k <= _SHORT_SEQUENCE and _units(key) * _key_tiles(key) <= 3 * PROGRAMS_AT_ONCE
-    return middle and (short or _group(key) == 1 or _waits_for_few(key))
+def kinds(key: ShapeKey, deterministic: bool = False) -> tuple[Kind, ...]:
+    """Forms of a backward, with how many programs may share a group, that are worth a thought for a shape; where there
+    is no estimate, the first of them is the best."""
+    shares = _shares(group_of(key)) if key.head_dim <= 128 else (1,)
+    add, recompute = ([Kind(form, n) for n in shares] for form in (HopperBwdForm.ACCUMULATE, HopperBwdForm.RECOMPUTE))
+    if key.head_dim > 128:
+        return tuple(add)
+    if not hides_keys(key):
+        return (*add, *recompute)
+    assert key.window is not None
+    if key.window <= (_ORDERED_RECOMPUTE_WINDOW if deterministic else RECOMPUTE_WINDOW)[small_dims(key)]:
+        if shares_in_window(key):  # 1.93 ms instead of 2.27 with 28/4 heads x 128 at 8192 tokens and a window of 4096
+            return tuple(kind for kind in recompute if kind.shares == 2) or tuple(recompute[:1])
+        again = recompute[:1] if key.varlen else recompute  # not measured with packed batches
+        return (*again, Kind(HopperBwdForm.SLIDE, 1)) if slides(key) else tuple(again)
+    if shares_in_window(key):
+        # four programs, or two where they do not share the group alike or dq is added in order
+        several = [kind for kind in add if kind.shares in (2, 4)]
+        return tuple(several if deterministic else reversed(several)) or (add[0],)
+    return (add[0],)
 
 
-def _waits_for_few(key: ShapeKey) -> bool:
-    """Whether adding dq up keeps the card waiting for its longest programs, shared or not, and making it anew does not.
-
-    With 24/4 heads x 128 at 4900 tokens 156 programs took 0.991 ms, 312 half as long 0.990, and making dq anew 0.806:
-    by arithmetic 59% of the card was busy. Where 79% are (48/8) it was the same, and with 32/2 heads, where the
-    programs that make dq anew do not fill the card either, 1.07.
-    """
-    busy = _units(key) * _key_tiles(key) / 2 / PROGRAMS_AT_ONCE
-    longest = min(_longest_programs(key, 1), _longest_programs(key, 2))
-    # of 64 keys, two for each group, two of them on a multiprocessor, and half as long in the mean as the longest
-    anew = _units(key) * -(-key.seqlen_k // 64) / 2 / PROGRAMS_AT_ONCE
-    return _can_share(key) and busy < 0.65 * longest and anew > 0.8
+@functools.cache
+def _shares(group: int) -> tuple[int, ...]:
+    """Into how many shares of its query heads a group is worth dividing: those that are equal, and powers of two of
+    which none is empty."""
+    return tuple(n for n in range(1, group + 1)
+                 if group % n == 0 or n & (n - 1) == 0 and -(-group // -(-group // n)) == n)
 
 
-def shares_group(key: ShapeKey) -> bool:
-    """Whether a backward without a window is faster with two programs for each group at the same keys.
+@functools.lru_cache(4096)
+def best_kind(key: ShapeKey, deterministic: bool = False) -> Kind:
+    """The fastest of :func:`kinds` by the estimate."""
+    worth = kinds(key, deterministic)
+    if not _estimated(key, deterministic):
+        return worth[0]
+    return min(worth, key=lambda kind: microseconds(key, kind, deterministic))
 
-    A section is as many heads as run at once. Programs of one section start together and end one by one, those of the
-    next take over one by one and end together: two sections take as long as the longest program, and so does a last one
-    alone. Two programs for a group take half as long each, in twice as many sections. At 2048 tokens with 64/8 heads
-    (one section) 0.254 ms instead of 0.367 at head dim 64, at 5120 tokens with 32/8 heads (three) 0.699 instead of
-    0.847, and at 3001 with 64/8 heads (two) 0.578 instead of 0.575. Where it is the same, see _LONG_SEQUENCE.
-    """
-    if hides_keys(key) or not _can_share(key):
-        return False
-    one, two = _longest_programs(key, 1), _longest_programs(key, 2)
-    fills = _section(key) * _key_tiles(key) > _FULL_SECTION * PROGRAMS_AT_ONCE
-    return two < one or (two == one and (key.seqlen_k >= _LONG_SEQUENCE or not fills))
+
+def _estimated(key: ShapeKey, deterministic: bool) -> bool:
+    """Whether there is an estimate for all kinds of a shape."""
+    return key.head_dim <= 128 and (not hides_keys(key) or kinds(key, deterministic)[0].form == HopperBwdForm.RECOMPUTE)
+
+
+def _behind(key: ShapeKey, kind: Kind, deterministic: bool) -> float:
+    """The kind's estimate over that of the best one."""
+    best = microseconds(key, best_kind(key, deterministic), deterministic)
+    return microseconds(key, kind, deterministic) / best
 
 
 def shares_in_window(key: ShapeKey) -> bool:
-    """Whether a backward under a window is faster with several programs for each group at the same keys.
+    """Whether a backward under a long window is faster with several programs for each group at the same keys.
 
-    Under a long one the last keys are seen by few queries, and with few programs the card waits for the longest ones.
-    At 8192 tokens with a window of 4096, of one program, two, four, and one for each head: 28/4 heads x 128 2.218,
-    1.958, 1.866 and 1.862 ms, 64/8 x 64 2.201, 2.161, 2.153 and 2.243; with a window of 2048 28/4 x 128 1.233, 1.246,
-    1.220 and 1.240, with 1024 0.728, 0.792, 0.791 and 0.830. Under a short one see rounds_gain.
+    The last keys are seen by few queries, and with few programs the card waits for the longest ones. At 8192 tokens
+    with a window of 4096, of one program, two, four, and one for each head: 28/4 heads x 128 2.218, 1.958, 1.866 and
+    1.862 ms, 64/8 x 64 2.201, 2.161, 2.153 and 2.243; with a window of 2048 28/4 x 128 1.233, 1.246, 1.220 and 1.240,
+    with 1024 0.728, 0.792, 0.791 and 0.830.
     """
-    if not hides_keys(key) or not _can_share(key):
-        return False
-    if (key.window or 0) > _SHARED_WINDOW:
-        return _units(key) * _key_tiles(key) <= 4 * PROGRAMS_AT_ONCE
-    return not small_dims(key) and recomputes(key) and rounds_gain(key)
-
-
-def rounds_gain(key: ShapeKey) -> bool:
-    """Whether programs of equal length at head dims above 64, 64 keys each, are done sooner in twice as many halves.
-
-    Two of them run on a multiprocessor, and all take about as long. With 28/4 heads x 128 and a window of 256
-    half a round became a quarter at 1024 tokens (0.065 ms instead of 0.091), with 24/4 and 300 at 5700 two rounds three
-    halves (0.214 instead of 0.236); where it stayed at one, two and four rounds halves took 1.21, 1.02 and 1.15 of the
-    time.
-    """
-    programs = 0 if key.varlen else _units(key) * -(-key.seqlen_k // 64)
-    at_once = 2 * PROGRAMS_AT_ONCE
-    return 0 < _COST_OF_HALVES * -(-2 * programs // at_once) / 2 < -(-programs // at_once)
-
-
-def _longest_programs(key: ShapeKey, split: int) -> float:
-    """Time of a backward over that of the longest of its programs without sharing."""
-    sections = -(-_units(key) * split // _section(key))
-    return (sections + 1) // 2 / split
-
-
-def _section(key: ShapeKey) -> int:
-    """Heads, or shares of their groups, whose programs start together."""
-    return max(1, PROGRAMS_AT_ONCE // max(1, _key_tiles(key)))
-
-
-def _units(key: ShapeKey) -> int:
-    return key.batch * key.heads_kv
-
-
-def _key_tiles(key: ShapeKey) -> int:
-    return -(-key.seqlen_k // 128)
+    programs = key.batch * key.heads_kv * -(-key.seqlen_k // 128)
+    return (hides_keys(key) and group_of(key) > 1 and key.head_dim <= 128 and (key.window or 0) > _SHARED_WINDOW
+            and programs <= 4 * PROGRAMS_AT_ONCE)
 
 
 def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
@@ -250,17 +223,17 @@ def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
 def _lends_backward(config: HopperBwdConfig, measured: ShapeKey, key: ShapeKey, deterministic: bool) -> bool:
     if config.DETERMINISTIC and not deterministic:  # the best of its shape only where that is asked for
         return False
-    if slides(measured) != slides(key) or config.FORM == HopperBwdForm.SLIDE and not slides(key):
+    kind = Kind(HopperBwdForm(config.FORM), config.SPLIT_GROUP)
+    if not _estimated(key, deterministic):
+        # what shares no group was measured where that was not tried
+        return kind.form == HopperBwdForm.ACCUMULATE and (kind.shares > 1 or not shares_in_window(key))
+    if kind not in kinds(key, deterministic):
         return False
-    if recomputes(measured) != recomputes(key):
-        return False
-    # what is not of the kind was measured where the others were not tried
-    if hides_keys(key):
-        shared = config.SPLIT_GROUP > 1
-        return shared == shares_in_window(key) or shared and config.FORM != HopperBwdForm.RECOMPUTE
-    if recomputes(key):
-        return config.FORM == HopperBwdForm.RECOMPUTE and (config.SPLIT_GROUP > 1 or not _can_share(key))
-    return not _can_share(key) or (config.SPLIT_GROUP > 1) == shares_group(key)
+    behind = _behind(key, kind, deterministic)
+    if behind <= _NEAR or not _estimated(measured, deterministic) or kind not in kinds(measured, deterministic):
+        return behind <= _NEAR
+    there = _behind(measured, kind, deterministic)
+    return there <= _AT_ODDS and behind <= there * _NEAR
 
 
 def hides_keys(key: ShapeKey) -> bool:
@@ -271,11 +244,3 @@ def hides_keys(key: ShapeKey) -> bool:
 def _row_tiles(key: ShapeKey) -> int:
     """Tiles of 64 rows, of all query heads."""
     return key.batch * key.heads_q * -(-key.seqlen_q // 64)
-
-
-def _group(key: ShapeKey) -> int:
-    return key.heads_q // key.heads_kv
-
-
-def _can_share(key: ShapeKey) -> bool:
-    return _group(key) > 1 and key.head_dim <= 128

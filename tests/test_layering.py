@@ -58,6 +58,7 @@ PACKAGE = (
     ("validity",),
     ("replay", "kernel_code", "options", "reference", "tuned_table", "sliding_cache", "kernels.common",
      "kernel_cache", "sass_check", "hopper.common"),
+    ("estimate",),
     ("regimes",),
     ("launcher", "nearest", "machine_code", "sass_loops", "heuristic", "hopper.support", "hopper.backward_common",
      "hopper.descriptors"),

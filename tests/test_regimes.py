@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from flash_sink_attn import dispatch, selection
-from flash_sink_attn.config import HopperBwdConfig, HopperFwdConfig, TileConfig
+from flash_sink_attn.config import HopperBwdConfig, HopperBwdForm, HopperFwdConfig, TileConfig
+from flash_sink_attn.estimate import Kind, microseconds
 from flash_sink_attn.heuristic import heuristic
 from flash_sink_attn.regimes import (
+    best_kind,
     few_tiles,
     fits_ring,
+    kinds,
     lends,
     loads_itself,
-    recomputes,
-    shares_group,
-    shares_in_window,
     slides,
 )
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
@@ -62,15 +62,18 @@ def entry(config: Any, measured: ShapeKey) -> Entry:
     (ADD, CAUSAL._replace(heads_q=8), tokens(CAUSAL, 2048, heads_q=8), True),             # a group of one cannot be
     (SLIDE, WINDOW, WINDOW._replace(window=129), True), (SLIDE, WINDOW, WINDOW._replace(window=130), False),
     (SLIDE, WINDOW, WINDOW._replace(seqlen_q=64), False), (RECOMPUTE, WINDOW._replace(window=200), WINDOW, False),
-    (RECOMPUTE, WINDOW._replace(window=200), WINDOW._replace(window=512), True),
-    (RECOMPUTE, WINDOW._replace(window=512), WINDOW._replace(window=513), False),
+    (RECOMPUTE, WINDOW._replace(window=200), WINDOW._replace(window=384), True),
+    (RECOMPUTE, WINDOW._replace(window=384), WINDOW._replace(window=385), False),
     (RECOMPUTE, WIDE._replace(window=512), WIDE._replace(window=1024), True),
     (RECOMPUTE, WIDE._replace(window=512), WIDE._replace(window=2048), False),
     # few programs of unequal length, measured before they could share a group; and more of them
     (ADD_WIDE, LONG._replace(seqlen_q=16384, seqlen_k=16384), LONG, False), (ADD_WIDE, LONG, LONG, False),
     (FOUR, LONG, LONG._replace(window=3000), True), (ADD_WIDE, LONG, tokens(LONG, 32768), True),
     # a window that hides nothing is none
-    (dataclasses.replace(RECOMPUTE, SPLIT_GROUP=2), tokens(WIDE, 1024), tokens(WIDE, 1100, window=4096), True),
+    (dataclasses.replace(RECOMPUTE, SPLIT_GROUP=4), tokens(WIDE, 1024), tokens(WIDE, 1100, window=4096), True),
+    (dataclasses.replace(RECOMPUTE, SPLIT_GROUP=2), tokens(WIDE, 1024), tokens(WIDE, 1100, window=4096), False),
+    # four do not divide a group of five
+    (FOUR, tokens(WIDE, 2048, heads_q=28, heads_kv=4), tokens(WIDE, 2048, heads_q=20, heads_kv=4), False),
     (PACKED, WINDOW, WINDOW._replace(window=129), True), (PACKED, WINDOW, WINDOW._replace(window=130), False),
     (PACKED, WINDOW, tokens(WINDOW, 1024), False),                          # all programs at once
     (LARGE, tokens(CAUSAL, 8192), tokens(CAUSAL, 5000), True), (LARGE, tokens(CAUSAL, 8192), CAUSAL, False),
@@ -98,16 +101,6 @@ def test_the_ring_is_the_launchers() -> None:
 
 def test_the_kinds_follow_the_call() -> None:
     assert slides(WINDOW) and not slides(WINDOW._replace(heads_q=8)) and not slides(WIDE._replace(window=128))
-    assert shares_group(tokens(CAUSAL, 2048)) and not shares_group(tokens(CAUSAL, 2049)) and not shares_group(WINDOW)
-    assert not shares_group(tokens(CAUSAL, 256, head_dim=192, head_dim_v=128))
-    # three sections of heads that run at once, the last one alone; two; and as many as the card runs in one
-    assert shares_group(tokens(CAUSAL, 5120, heads_q=32)) and not shares_group(tokens(CAUSAL, 3001))
-    assert shares_group(tokens(CAUSAL, 5120, heads_q=24, heads_kv=3))
-    assert shares_group(tokens(CAUSAL, 16384)) and shares_group(tokens(WIDE, 16384))
-    # sections that fill the card, and others that leave a quarter of it idle
-    assert not shares_group(tokens(CAUSAL, 8192)) and shares_group(tokens(CAUSAL, 6100))
-    assert not shares_group(tokens(CAUSAL, 16384, heads_kv=64))
-    shares_group(tokens(CAUSAL, 0))  # no keys, no error
     # 1152 programs of 64 rows that load for themselves; few tiles of 192 rows, of short and of long rows
     assert loads_itself(tokens(CAUSAL, 1111)) and not few_tiles(tokens(CAUSAL, 1111))
     few = tokens(CAUSAL, 1111, heads_q=16)
@@ -117,29 +110,50 @@ def test_the_kinds_follow_the_call() -> None:
     assert not few_tiles(tokens(WIDE, 256)) and not few_tiles(tokens(WINDOW, 256))
 
 
-def test_programs_under_a_short_window_are_halved_where_that_saves_rounds() -> None:
-    window = WIDE._replace(window=256, heads_q=28, heads_kv=4)
-    assert shares_in_window(tokens(window, 1024)) and shares_in_window(tokens(window, 5700))  # 64 and 360 programs
-    assert not shares_in_window(tokens(window, 4224)) and not shares_in_window(tokens(window, 16384))
-    assert not shares_in_window(tokens(window, 1024, varlen=True)) and not shares_in_window(tokens(WINDOW, 1024))
-    halves = HopperBwdConfig(64, 64, FORM=1, SPLIT_GROUP=2)
-    assert heuristic("hopper_bwd", tokens(window, 1024), LIMITS) == halves
-    assert not lends(entry(halves, tokens(window, 1024)), tokens(window, 4224))
-    assert not lends(entry(HopperBwdConfig(64, 64, FORM=1), tokens(window, 4224)), tokens(window, 5700))
+ADDED, AGAIN, SLID = HopperBwdForm.ACCUMULATE, HopperBwdForm.RECOMPUTE, HopperBwdForm.SLIDE
+QWEN = WIDE._replace(heads_q=28, heads_kv=4)
 
 
-def test_short_sequences_and_groups_of_one_recompute_at_middle_head_dims() -> None:
-    assert recomputes(tokens(WIDE, 2048)) and not recomputes(tokens(WIDE, 3000)) and not recomputes(CAUSAL)
-    assert recomputes(tokens(WIDE, 8192, heads_q=8)) and not recomputes(tokens(WIDE, 2048, batch=4))
-    assert not recomputes(tokens(WIDE, 256, head_dim=256, head_dim_v=256))
-    # programs of which few are long, and others that do not fill the card either way
-    assert recomputes(tokens(WIDE, 4900, heads_q=24, heads_kv=4)) and not recomputes(tokens(WIDE, 4900, heads_kv=2))
-    again = HopperBwdConfig(64, 64, FORM=1, SPLIT_GROUP=2)
-    assert heuristic("hopper_bwd", tokens(WIDE, 1777, batch=3, heads_kv=4, heads_q=32), LIMITS) == again
-    assert heuristic("hopper_bwd", tokens(WIDE, 6000, heads_q=8), LIMITS) == HopperBwdConfig(64, 64, FORM=1)
-    # what was the best where this was not tried is not lent
-    near, key = tokens(WIDE, 1024), tokens(WIDE, 1100)
-    assert lends(entry(again, near), key) and not lends(entry(HopperBwdConfig(64, 128, SPLIT_GROUP=2), near), key)
+@pytest.mark.parametrize(("key", "wanted"), [
+    (tokens(CAUSAL, 1024), (ADDED, 4)), (tokens(CAUSAL, 2048), (ADDED, 2)), (tokens(CAUSAL, 8192), (ADDED, 1)),
+    (tokens(WIDE, 1024), (AGAIN, 4)), (tokens(WIDE, 512), (AGAIN, 4)), (tokens(WIDE, 4096), (ADDED, 1)),
+    (tokens(QWEN, 1024), (AGAIN, 7)), (tokens(QWEN, 2048), (AGAIN, 4)), (tokens(QWEN, 8192), (ADDED, 1)),
+    (tokens(WIDE, 2048, heads_q=20, heads_kv=4), (AGAIN, 5)),
+    # three sections of heads that run at once, the last one alone; and some that leave a quarter of the card idle
+    (tokens(CAUSAL, 5120, heads_q=32), (ADDED, 2)), (tokens(CAUSAL, 6100), (ADDED, 4)),
+    (tokens(QWEN, 6000), (ADDED, 7)),
+    (tokens(CAUSAL, 16384, heads_kv=64), (ADDED, 1)),
+    (tokens(CAUSAL, 256, head_dim=192, head_dim_v=128), (ADDED, 1)),
+    # windows
+    (WINDOW, (SLID, 1)), (tokens(WINDOW, 1024), (AGAIN, 2)), (tokens(WINDOW, 1500), (SLID, 1)),
+    (tokens(QWEN, 1024, window=256), (AGAIN, 4)), (tokens(QWEN, 4224, window=256), (AGAIN, 1)),
+    (tokens(QWEN, 1024, window=256, varlen=True), (AGAIN, 1)),
+])
+def test_the_best_kind_is_what_was_measured_to_be(key: ShapeKey, wanted: tuple[HopperBwdForm, int]) -> None:
+    assert best_kind(key) == wanted
+
+
+def test_the_best_kind_exists_for_whatever_comes() -> None:
+    for n in (0, 1, 63, 100000):
+        for group in (1, 3, 7, 64):
+            for window in (None, 1, 128, 1024, 4096):
+                for d in (8, 64, 96, 128, 192, 256):
+                    for deterministic in (False, True):
+                        key = tokens(CAUSAL, n, heads_q=group, heads_kv=1, window=window, head_dim=d, head_dim_v=d)
+                        assert best_kind(key, deterministic) in kinds(key, deterministic)
+
+
+@pytest.mark.parametrize(("heads", "d", "n", "window", "kind", "measured"), [
+    ((64, 8), 64, 1024, None, (ADDED, 4), 81.1), ((64, 8), 64, 8192, None, (ADDED, 1), 2455.5),
+    ((64, 8), 128, 1024, None, (AGAIN, 4), 131.4), ((28, 4), 128, 2048, None, (ADDED, 4), 203.5),
+    ((20, 4), 128, 1500, None, (AGAIN, 5), 96.7), ((28, 4), 128, 1024, 256, (AGAIN, 4), 53.3),
+    ((64, 8), 64, 4096, 128, (SLID, 1), 98.4), ((64, 8), 64, 1024, 128, (AGAIN, 2), 46.4),
+])
+def test_the_estimate_is_near_what_an_h200_measured(
+    heads: tuple[int, int], d: int, n: int, window: int | None, kind: tuple[HopperBwdForm, int], measured: float
+) -> None:
+    key = ShapeKey.fixed("bfloat16", d, d, *heads, window, 1, n, n)
+    assert microseconds(key, Kind(*kind)) == pytest.approx(measured, rel=0.1)
 
 
 def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
@@ -172,7 +186,7 @@ def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
     ("hopper_bwd", LONG, FOUR), ("hopper_bwd", LONG._replace(window=1024), RECOMPUTE),
     ("hopper_bwd", tokens(LONG, 32768), ADD_WIDE), ("hopper_bwd", tokens(WIDE, 8192, window=4096), FOUR),
     ("hopper_bwd", LONG._replace(heads_q=20), HopperBwdConfig(64, 128, SPLIT_GROUP=2)),  # four do not share five alike
-    ("hopper_bwd", tokens(LONG, 2048), dataclasses.replace(RECOMPUTE, SPLIT_GROUP=2)),
+    ("hopper_bwd", tokens(LONG, 2048), dataclasses.replace(RECOMPUTE, SPLIT_GROUP=4)),
     ("hopper_bwd", WINDOW, SLIDE), ("hopper_bwd", tokens(CAUSAL, 2048), SHARED), ("hopper_bwd", CAUSAL, ADD),
 ])
 def test_the_heuristic_follows_them(kernel: Any, key: ShapeKey, wanted: Any) -> None:
