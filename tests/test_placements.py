@@ -2,15 +2,77 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
+import torch
 
+from sweeps.gate import gate_inputs
+from sweeps.ours import TRITON
 from sweeps.paired import ratio, standing
+from sweeps.placements import empty_beside, moved, nbytes
+from tests.test_runner import CASE
 
 MARGIN = 0.003
+
+
+# ---- other memory
+
+
+@pytest.mark.parametrize("changes", [{}, {"varlen": "two", "seqlens": (5, 7), "sinks": False}])
+def test_a_further_placement_is_the_same_inputs_in_other_memory(changes: dict[str, Any]) -> None:
+    inputs = gate_inputs(dataclasses.replace(CASE, **changes), "cpu")
+    inputs = dataclasses.replace(inputs, q=inputs.q.transpose(-1, -2).contiguous().transpose(-1, -2))
+    copies = [inputs, *(moved(inputs, number) for number in range(1, 9))]
+    names = [f.name for f in dataclasses.fields(inputs) if isinstance(getattr(inputs, f.name), torch.Tensor)]
+    assert len(names) == 5 and {"q", "k", "v", "do"} < set(names)
+    for copy in copies[1:]:
+        assert (copy.window, copy.softmax_scale, copy.max_seqlen) == (
+            inputs.window, inputs.softmax_scale, inputs.max_seqlen)
+        for name in names:
+            ours, theirs = getattr(copy, name), getattr(inputs, name)
+            assert torch.equal(ours, theirs) and ours.stride() == theirs.stride() and ours.dtype == theirs.dtype
+            assert ours.untyped_storage().data_ptr() != theirs.untyped_storage().data_ptr()
+        assert (copy.sinks is None) == (inputs.sinks is None)
+    # how far into its memory each begins: aligned as callers' tensors are, and no two alike modulo a page
+    into = {(number, name): getattr(copy, name).storage_offset() * getattr(copy, name).element_size()
+            for number, copy in enumerate(copies) for name in names}
+    assert all(x % 512 == 0 and x < 2 << 20 for x in into.values())
+    for name in names:
+        assert len({into[number, name] % (1 << 16) for number in range(len(copies))}) == len(copies)
+    for number in range(1, len(copies)):
+        assert len({into[number, name] for name in names}) == len(names)
+    assert nbytes(inputs) >= max(sum(getattr(copy, name).untyped_storage().nbytes() for name in names)
+                                 for copy in copies[1:])
+    with pytest.raises(ValueError, match="number: expected at least 1, got 0"):
+        moved(inputs, 0)
+
+
+def test_a_result_lies_as_far_into_its_memory_as_the_input_it_is_beside() -> None:
+    x = torch.arange(24, dtype=torch.bfloat16).view(2, 3, 4)
+    far = torch.empty(1 << 20, dtype=torch.bfloat16)[1280:1304].view(2, 3, 4)
+    for source, into in ((x, 0), (far, 2560), (torch.empty(99, dtype=torch.int8)[33:], 0)):
+        for dtype in (None, torch.float32):
+            made = empty_beside(source, (2, 5), dtype)
+            assert made.shape == (2, 5) and made.is_contiguous() and made.dtype == (dtype or source.dtype)
+            assert made.storage_offset() * made.element_size() == into
+    assert empty_beside(far, (0, 4)).shape == (0, 4)
+
+
+def test_our_calls_compute_the_same_on_every_placement_into_memory_of_their_own() -> None:
+    inputs = gate_inputs(CASE, "cpu")
+    for pass_ in ("fwd", "bwd"):
+        the_case = dataclasses.replace(CASE, pass_=pass_)
+        first, second = (TRITON.prepare(the_case, {}, x) for x in (inputs, moved(inputs, 3)))
+        first.run()
+        second.run()
+        for name, x in second.outputs().items():
+            assert torch.equal(x, first.outputs()[name]) and x.data_ptr() != first.outputs()[name].data_ptr()
+            assert x.storage_offset() > 0 or name == "dsinks"
 
 
 # ---- what is made of the samples
