@@ -23,6 +23,7 @@ from sweeps.measure import CpuTimer
 from sweeps.ours import TRITON
 from sweeps.paired import MIN_PAIRS, ratio, standing
 from sweeps.placements import PLACING, empty_beside, moved, nbytes
+from sweeps.repeat import TRUTH
 from sweeps.sampling import FinalSampling
 from sweeps.select import select
 from sweeps.specfile import SpecError, parse_spec
@@ -287,6 +288,7 @@ def test_how_many_is_a_setting_of_finals() -> None:
     for bad in ("0", "-1", "1.5", "many"):
         with pytest.raises(SpecError, match=rf"timing\.finals\.placements: .*got '?{bad}"):
             parse_spec(text.replace("COUNT", bad))
+    assert TRUTH.placements > FinalSampling().placements
 
 
 # ---- the worker's side
