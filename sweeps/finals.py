@@ -1,9 +1,11 @@
 """Finals: the candidates that the first pass could not tell apart, timed against each other in the same moments.
 
 A block is every entrant once, in random order, each sampled as in the first pass (flushed, behind a spin). What drifts,
-clocks and heat, is the same for all of a block and drops out of their ratios (:mod:`sweeps.paired`). The contest is
-looked at after 8, 12, 18, ... blocks; who is slower by then drops out, and it ends when one is left, or when those that
-are left are as good as each other, known precisely enough, or out of time.
+clocks and heat, is the same for all of a block and drops out of their ratios (:mod:`sweeps.paired`). Each block has the
+next one of several placements of the inputs (:mod:`sweeps.placements`), so that who wins does not win by where this
+process happens to have its memory. The contest is looked at after 8, 12, 18, ... blocks; who is slower by then drops
+out, and it ends when one is left, or when those that are left are as good as each other, known precisely enough, or out
+of time.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import hashlib
 import random
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from sweeps.cases import PASSES, Case
 from sweeps.energy import Energy
+from sweeps.failures import message
 from sweeps.measure import (
     BATCH_MS,
     CPU_SAMPLES,
@@ -48,6 +52,13 @@ _LATE_SHARE = 0.5       # of blocks in which the host came late: more make the s
 _WALL_WITHIN = 0.03     # a candidate whose wall time is below the fastest one's by more than this goes on as well
 _MIN_WALL_BLOCKS = MIN_PAIRS
 _DUEL_PRECISION = 0.005
+# Milliseconds until a call is done. Placements were seen to change calls of 50 us, by 1 to 2%; the blocks of calls of
+# more than this are dear, so that none should be asked for on their account.
+PLACED_UP_TO_MS = 1.0
+
+# Given how many placements are wanted in all: the same calls on others than the first, and why not on as many as that
+# ("" = it is as many).
+Elsewhere = Callable[[int], tuple[Sequence[Sequence[Call]], str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +208,8 @@ class FinalTiming:
         readings: the sensors, chunk by chunk.
         seed: of the random order.
         tie_margin: by how much rivals may differ and still be as good as each other.
+        block_placements: of each block, the number of the placement that it was taken on.
+        placements_note: why there are not as many placements as were asked for, "" = there are.
         tainted: the process should be replaced, because a failed graph capture may have left traces.
     """
 
@@ -214,11 +227,15 @@ class FinalTiming:
     readings: tuple[Reading, ...]
     seed: int
     tie_margin: float
+    block_placements: tuple[int, ...] = ()
+    placements_note: str = ""
     tainted: bool = False
 
     def row_fields(self) -> dict[str, Any]:
-        """The record's fields, JSON-able. ``entrants`` has one dict per call, in their order."""
+        """The record's fields, JSON-able. ``entrants`` has one dict per call, in their order; ``block_placements`` is
+        empty where all blocks had the same."""
         entrants = []
+        count = len(set(self.block_placements))
         for n, samples in enumerate(self.samples_ms):
             own, walls, energy = self.standing.ratios[n], self.wall_samples_ms[n], self.energy[n]
             entrants.append({
@@ -231,19 +248,26 @@ class FinalTiming:
         described = summary(self.readings)
         return {"entrants": entrants, "stop_reason": self.stop_reason, "blocks": max(map(len, self.samples_ms)),
                 "timing": self.mode, "note": self.note, "wall_source": self.wall_source, "seed": self.seed,
-                "tie_margin": self.tie_margin,
+                "tie_margin": self.tie_margin, "placements": count, "placements_note": self.placements_note,
+                "block_placements": list(self.block_placements) if count > 1 else [],
                 "late_blocks": self.late_blocks, "retaken_blocks": self.retaken_blocks,
                 **described, "throttle": list(described["throttle"])}
 
 
-def time_finalists(timer: BlockTimer, calls: Sequence[Call], sampling: FinalSampling, seed: int) -> FinalTiming:
+def time_finalists(timer: BlockTimer, calls: Sequence[Call], sampling: FinalSampling, seed: int,
+                   elsewhere: Elsewhere | None = None) -> FinalTiming:
     """Times every call in randomised blocks until it is known which is the fastest.
+
+    Wall time and energy are taken on the first placement alone: a caller's next call finds its tensors where they were.
 
     Args:
         timer: of the device, ``sweeps.measure.timer_for``. The interpreter's takes two blocks, which decide nothing.
         calls: at least one; each has run before.
         sampling: when to stop.
         seed: of the random order.
+        elsewhere: makes the calls on further placements, in the order of ``calls``, each of which has then run before;
+            asked for at most once, and only where several placements are wanted, there are rivals, and the quickest of
+            them is done within PLACED_UP_TO_MS. None = there is but one placement.
 
     Raises:
         ValueError: no calls.
@@ -252,9 +276,12 @@ def time_finalists(timer: BlockTimer, calls: Sequence[Call], sampling: FinalSamp
         raise ValueError("calls: expected at least one, got none")
     if isinstance(timer, CpuTimer):
         sampling = dataclasses.replace(sampling, max_blocks=CPU_SAMPLES, wall_ms=0.0, energy_ms=0.0)
+        elsewhere = None
     contest = _Contest(timer, calls, sampling, seed)
+    if elsewhere is not None and sampling.placements > 1 and len(calls) > 1:
+        contest.spread(elsewhere)
     reason = contest.run()
-    ended = standing(contest.samples, sampling.tie_margin)
+    ended = standing(contest.samples, sampling.tie_margin, contest.block_placements)
     mode, note = ("host_bound", HOST_BOUND_NOTE) if contest.host_bound else ("spin", "")
     if isinstance(timer, CpuTimer):
         mode, note = "cpu", INTERPRETER_NOTE
@@ -264,12 +291,14 @@ def time_finalists(timer: BlockTimer, calls: Sequence[Call], sampling: FinalSamp
                    else None for n, call in enumerate(calls))
     return FinalTiming(tuple(map(tuple, contest.samples)), ended, reason, mode, note, contest.host_ms, walls, source,
                        energy, contest.late, contest.retaken, tuple(contest.readings), seed,
-                       sampling.tie_margin, timer.capture_failed)
+                       sampling.tie_margin, tuple(contest.block_placements), contest.placements_note,
+                       timer.capture_failed)
 
 
 class _Contest:
     def __init__(self, timer: BlockTimer, calls: Sequence[Call], sampling: FinalSampling, seed: int) -> None:
-        self._timer, self._calls, self._sampling = timer, calls, sampling
+        self._timer, self._sampling = timer, sampling
+        self._places: list[Sequence[Call]] = [calls]
         self._random = random.Random(seed)
         warm = [timer.warm_up(call, sampling.warmup_ms) for call in calls]
         self.host_ms = tuple(host for host, _ in warm)
@@ -277,17 +306,28 @@ class _Contest:
         self._spin_ms = spin_for(max(self.host_ms))
         self._active = list(range(len(calls)))
         self.samples: list[list[float]] = [[] for _ in calls]
+        self.block_placements: list[int] = []
+        self.placements_note = ""
         self.readings: list[Reading] = []
         self.late = self.retaken = self._retakes = 0
         self.host_bound = False
 
     @property
     def _blocks(self) -> int:
-        return len(self.samples[self._active[0]])
+        return len(self.block_placements)
+
+    def spread(self, elsewhere: Elsewhere) -> None:
+        """Has the blocks go round other placements as well, where the calls are short enough for it to matter."""
+        quickest = min(self._call_ms)
+        if quickest > PLACED_UP_TO_MS:
+            self.placements_note = f"1: a call takes {quickest:.3g} ms, more than {PLACED_UP_TO_MS:g}"
+            return
+        others, self.placements_note = elsewhere(self._sampling.placements)
+        self._places += others
 
     def run(self) -> str:
         """Takes blocks until one of the reasons to stop holds; returns it."""
-        look = min(MIN_PAIRS, self._sampling.max_blocks)
+        look = min(max(MIN_PAIRS, len(self._places)), self._sampling.max_blocks)
         begin = time.perf_counter()
         while True:
             self._chunk(look - self._blocks)
@@ -296,7 +336,7 @@ class _Contest:
                 1 if self._blocks >= MIN_PAIRS else 4 if self._blocks >= 3 else 16)
             if self._blocks < look and not out_of_time:
                 continue
-            if len(self._calls) == 1:
+            if len(self.samples) == 1:
                 return "alone"
             if reason := self._look():
                 return reason
@@ -310,7 +350,7 @@ class _Contest:
         """Drops who is slower; returns why the contest is over, "" = it is not."""
         if self._blocks < MIN_PAIRS:
             return ""
-        now = standing(self.samples, self._sampling.tie_margin)
+        now = standing(self.samples, self._sampling.tie_margin, self.block_placements)
         if not self._sampling.race:
             widest = max(own.half_width for own in now.ratios)
             return "precision" if widest <= self._sampling.precision else ""
@@ -326,8 +366,16 @@ class _Contest:
         block_ms = sum(self._call_ms[n] + self._spin_ms + 0.1 for n in self._active)
         size = len(self._active)
         count = max(1, min(wanted, int(BATCH_MS / block_ms), _MAX_CHUNK // size))
-        order = [n for _ in range(count) for n in self._random.sample(self._active, size)]
-        timed, reading = self._timer.batch([self._calls[n] for n in order], self._spin_ms)
+        places = self._next_places(count)
+        order = [(place, n) for place in places for n in self._random.sample(self._active, size)]
+        try:
+            timed, reading = self._timer.batch([self._places[place][n] for place, n in order], self._spin_ms)
+        except Exception as error:  # as memory for a call's temporaries that others have taken by now
+            if len(self._places) == 1:
+                raise
+            self.placements_note = f"1 from block {self._blocks + 1} on: {message(error)}"
+            del self._places[1:]
+            return
         if reading and reading.slowed and self._retakes < _MAX_RETAKES:
             self._retakes += 1
             self.retaken += count
@@ -342,8 +390,17 @@ class _Contest:
         if reading:
             self.readings.append(reading)
         for block in in_time:
-            for n, (ms, _) in block:
+            self.block_placements.append(block[0][0][0])
+            for (_, n), (ms, _) in block:
                 self.samples[n].append(ms)
+
+    def _next_places(self, count: int) -> list[int]:
+        """Of so many blocks: always a placement that has the fewest, whichever blocks were thrown away."""
+        taken, chosen = Counter(self.block_placements), []
+        for _ in range(count):
+            chosen.append(min(range(len(self._places)), key=lambda place: (taken[place], place)))
+            taken[chosen[-1]] += 1
+        return chosen
 
     def _wait_longer(self) -> None:
         """More time for the host to queue a call; where no time is enough, all samples are taken anew as they come."""
@@ -351,8 +408,8 @@ class _Contest:
             self._spin_ms = min(2 * self._spin_ms, MAX_SPIN_MS)
             return
         self.host_bound, self._spin_ms = True, 0.1
-        self._active = list(range(len(self._calls)))
-        self.samples = [[] for _ in self._calls]
+        self._active = list(range(len(self.samples)))
+        self.samples, self.block_placements = [[] for _ in self.samples], []
 
 
 def _wall_blocks(calls: Sequence[Call], sampling: FinalSampling,

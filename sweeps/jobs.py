@@ -62,11 +62,19 @@ class PendingTrial:
 
 @dataclasses.dataclass(eq=False)
 class PendingFinal:
-    """A final that still has to become a record; ``entrants`` as in it, with their rows' keys."""
+    """A final that still has to become a record.
+
+    Attributes:
+        entrants: as in the final, with their rows' keys.
+        key: of its record.
+        unplaced: how its worker ended while it made further placements of the inputs; it is held once more without
+            them. "" = it did not.
+    """
 
     final: Final
     entrants: list[PendingTrial]
     key: str
+    unplaced: str = ""
 
     @property
     def id(self) -> str:
@@ -74,7 +82,8 @@ class PendingFinal:
 
     def request(self, *, sampling: Mapping[str, Any], gate: bool) -> dict[str, Any]:
         """For the worker."""
-        return {"final": self.id, "case": self.final.case.to_dict(), "gate": gate, "sampling": dict(sampling),
+        sampling = {**sampling, "placements": 1} if self.unplaced else dict(sampling)
+        return {"final": self.id, "case": self.final.case.to_dict(), "gate": gate, "sampling": sampling,
                 "seed": self.final.seed, "entrants": [
                     {"implementation": p.use, "options": dict(p.trial.options), "config": dict(p.trial.config)}
                     for p in self.entrants]}
@@ -90,6 +99,7 @@ class PendingFinal:
             ``entrants`` what each is (trial, key of its row, impl, options, config) with its status, message and
             measurements. Where the worker did not live to tell, they share the final's status.
         """
+        outcome = {**outcome, "placements_note": f"1: {self.unplaced}"} if self.unplaced else outcome
         lost = {"status": outcome["status"], "message": outcome["message"]}
         found = outcome.get("entrants") or [lost] * len(self.entrants)
         return {"key": self.key, "final": self.id, "case": self.final.case.id,

@@ -24,6 +24,7 @@ from flash_sink_attn.config import (
 from flash_sink_attn.validity import HOPPER_BWD_HEAD_DIMS, HOPPER_HEAD_DIMS, limits_of, reject_reason
 from sweeps.cases import Case
 from sweeps.implementation import Inputs, Prepared
+from sweeps.placements import empty_beside
 
 if TYPE_CHECKING:
     import torch
@@ -292,9 +293,9 @@ class _Call:
         self.common: dict[str, Any] = {"sequences": self.sequences, "window": inputs.window,
                                        "scale": inputs.softmax_scale}
         lse_shape = (q.shape[1], q.shape[0]) if cu is not None else (q.shape[0], q.shape[2], q.shape[1])
-        self.o = q.new_empty(*q.shape[:-1], v.shape[-1])
-        self.lse = q.new_empty(lse_shape, dtype=torch.float32)
-        self.dq, self.dk, self.dv = (q.new_empty(x.shape) for x in (q, k, v))
+        self.o = empty_beside(inputs.do, (*q.shape[:-1], v.shape[-1]))
+        self.lse = empty_beside(q, lse_shape, torch.float32)
+        self.dq, self.dk, self.dv = (empty_beside(x, x.shape) for x in (q, k, v))
         self.dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
         self.rows = self.partials = None
         if "bwd_dq" in kernels or "bwd_dkdv" in kernels:

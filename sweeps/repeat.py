@@ -2,8 +2,9 @@
 
 The sweep is run several times, each in a process and a directory of its own, the first with an empty kernel cache and
 the others with the one it leaves. Long afterwards everything that a run chose, held for tied or let into its finals is
-timed against each other once more, at length and without anybody dropping out: the truth that picks are judged by.
-The regret of a pick is its time over that of the true best, less 1.
+timed against each other once more, at length, on eight placements of the inputs and without anybody dropping out: the
+truth that picks are judged by. The regret of a pick is its time over that of the true best, less 1, on the average of
+the placements.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from sweeps.store import StoreError, read_finals, read_sittings
 from sweeps.verdict import Key, key_of
 
 TRUTH = Finals(enabled=True, precision=0.001, tie_margin=0.003, max_blocks=600, max_ms=2000.0, warmup_ms=20.0,
-               wall_ms=0.0, energy_ms=0.0, race=False)
+               wall_ms=0.0, energy_ms=0.0, placements=8, race=False)
 _MAX_ENTRANTS = 10
 
 
@@ -42,7 +43,7 @@ class Picks:
         winners: of each run, in their order; None where it has none.
         equal: whether all runs chose the same configuration.
         tied: whether any two runs' winners are equal, or each run held both for tied, or the truth finds no difference
-            between them beyond its margin.
+            between them beyond its margin, on the average of the placements.
         regrets: of each run's winner, 0.01 = 1% slower than the true best; None where it is not known.
         truth: the true best, None where no final told.
     """

@@ -25,6 +25,7 @@ from sweeps.environment import environment, fingerprint
 from sweeps.failures import message, shorten
 from sweeps.finals import Final, final_sampling
 from sweeps.jobs import Catalogue, PendingFinal, PendingTrial, finals_among, launch_problem, outstanding, trials_among
+from sweeps.placements import PLACING
 from sweeps.plan import Trial
 from sweeps.registry import is_peer
 from sweeps.rows import make_row
@@ -316,6 +317,11 @@ class _Runner:
         if done.overlapped_s is not None:
             fields["overlapped"] = done.overlapped_s
         if isinstance(done.job, PendingFinal):
+            lost_placing = fields.pop("lost_placing", False) or done.outcome.stage == PLACING
+            if lost_placing and not done.job.unplaced:
+                done.job.unplaced = fields["message"]
+                self._leave_for_later(done.lane, done.job)
+                return None
             return self._add_record(done.job, fields, sync=False)
         p: PendingTrial = done.job
         status, text = fields.pop("status"), fields.pop("message")
@@ -324,15 +330,19 @@ class _Runner:
         out_of_room = status == "oom" and self._workers.others_hold_memory(done.lane)
         if p.beside is None and (out_of_room or status == "ok" and disturbed(fields)):
             p.beside = status, text, fields
-            self._alone.append((done.lane, p))
-            # finals last, and a worker's trials together: to be left alone it ends the others
-            lanes = self._workers.lanes
-            self._alone.sort(key=lambda one: (isinstance(one[1], PendingFinal), -lanes.index(one[0])))
+            self._leave_for_later(done.lane, p)
             return None
         if p.beside is not None and p.beside[0] == "ok":
             again = f"taken again alone; beside others {p.beside[2]['latency_ms']:.4g} ms, too uncertain"
             fields["note"] = "; ".join(filter(None, (fields.get("note"), again)))
         return self._add_row(p, status, text, fields, sync=False)
+
+    def _leave_for_later(self, lane: Lane, job: PendingTrial | PendingFinal) -> None:
+        """Has a job that has run run once more, alone."""
+        self._alone.append((lane, job))
+        # finals last, and a worker's trials together: to be left alone it ends the others
+        lanes = self._workers.lanes
+        self._alone.sort(key=lambda one: (isinstance(one[1], PendingFinal), -lanes.index(one[0])))
 
     def _stage_limit_s(self, stage: str) -> float:
         timing = self._spec.timing

@@ -53,6 +53,9 @@ class FinalSampling:
         wall_ms: time for wall-clock blocks of all entrants together, milliseconds; default 20, 0 = none.
         energy_ms: how long the winner of a whole pass is repeated to measure its energy, milliseconds; default 150,
             0 = not at all.
+        placements: how many copies of the inputs, each elsewhere in memory, the blocks go round; default 4, 1 = one
+            place for all blocks. Fewer where memory is short, and one where a call takes longer than a millisecond: a
+            final's record says how many there were, and why not as many as asked for.
         race: default true: who is slower drops out, and it is over when the fastest is known. False: all run until
             every ratio is known to ``precision``, or one of the limits.
     """
@@ -64,6 +67,7 @@ class FinalSampling:
     warmup_ms: NonNegative = 3.0
     wall_ms: NonNegative = 20.0
     energy_ms: NonNegative = 150.0
+    placements: Count = 4
     race: StrictBool = True
 
 

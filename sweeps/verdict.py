@@ -82,11 +82,13 @@ class Contest:
         """The winner: the fastest, or of those as good as it the one that does best on the neighbouring shapes."""
         samples = [own["samples_ms"] for own in self.own]
         margin = float(self.record.get("tie_margin") or 0.0)
-        now = standing(samples, margin)
+        placements = self.record.get("block_placements") or ()
+        now = standing(samples, margin, placements)
         # A rival that is only not known to be slower is tied, too; taking it could cost more than the margin.
         free = [n for n in now.tied if now.ratios[n].ratio <= 1 + margin]
         winner = free[choose([self.candidates[n] for n in free], neighbours)]
-        against = {n: ratio(samples[winner], samples[n]) for n in range(len(samples)) if n != winner}
+        against = {n: ratio(samples[winner], samples[n], placements=placements)
+                   for n in range(len(samples)) if n != winner}
         order = [winner, *sorted(against, key=lambda n: (n not in now.tied, against[n].ratio, key_of(
             self.candidates[n])))]
         timed = [_timed(self.candidates[n], self.own[n], self.record) for n in order]
@@ -141,7 +143,9 @@ def in_duel(
         for name, peer in peers.items():
             own = ran.get(str(peer.row.get("key")))
             if own is not None:
-                found[name] = _in_duel(peer, own, scale, ratio(ours["samples_ms"], own["samples_ms"]), best)
+                against = ratio(ours["samples_ms"], own["samples_ms"],
+                                placements=record.get("block_placements") or ())
+                found[name] = _in_duel(peer, own, scale, against, best)
     return found
 
 

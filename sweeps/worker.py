@@ -1,9 +1,9 @@
 """``python -m sweeps.worker [WORKERS]``: one process on one device that prepares, checks and times, and may die.
 
-It says which stage of a trial it is in (import, waiting, inputs, prepare, run, gate, measure, check), so that the
-parent can hold each to a limit of its own, and then the row. Where it shares the device with other workers (WORKERS in
-all, default 1), it asks for it and waits before it uses it for long, and gives it back while it prepares what may have
-to be compiled::
+It says which stage of a trial it is in (import, waiting, inputs, prepare, run, gate, measure, placements, check), so
+that the parent can hold each to a limit of its own, and then the row. Where it shares the device with other workers
+(WORKERS in all, default 1), it asks for it and waits before it uses it for long, and gives it back while it prepares
+what may have to be compiled::
 
     parent -> worker   {"trial", "implementation", "options", "case", "config", "sampling", "gate", "built"}
                        {"final", "entrants": [{"implementation", "options", "config"}], "case", "sampling", "gate",
@@ -18,11 +18,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import os
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,13 +35,15 @@ from sweeps.failures import classify, message, shorten
 from sweeps.finals import time_finalists
 from sweeps.gate import Oracle, gate_inputs
 from sweeps.implementation import Implementation, Inputs, Prepared
-from sweeps.measure import timer_for
+from sweeps.measure import Call, timer_for
+from sweeps.placements import PLACING, moved, nbytes
 from sweeps.registry import load
 from sweeps.sampling import FinalSampling, Sampling
 from sweeps.walltime import find_wall_time, measure_wall
 
 _KEPT_SHAPES = 4
 _KEPT_MEMORY = 0.35   # of the device, by all workers together: above it the oldest shapes are forgotten
+_PLACED_MEMORY = 0.1  # of the device, by all placements of a final's inputs and outputs beyond the first
 _SPARE_MEMORY = 0.06  # of the device: what Torch may keep between trials without using it
 
 Fields = dict[str, Any]
@@ -80,7 +83,10 @@ class Worker:
 
     def final(self, request: Mapping[str, Any]) -> Fields:
         """The fields of the final's record: status, message, what time_finalists found, ``entrants`` in the order
-        asked, each with a status, message and errors of its own, stage seconds."""
+        asked, each with a status, message and errors of its own, stage seconds.
+
+        Also ``lost_placing``, true where all had gone well until other placements were made: with one it would go on.
+        """
         return self._timed(self._final, request)
 
     def _timed(self, work: Callable[[Mapping[str, Any]], Fields], request: Mapping[str, Any]) -> Fields:
@@ -184,6 +190,8 @@ class Worker:
         """An entrant that fails is out, and the others go on; but none can once the device's context is broken."""
         entrants: list[Fields] = [{} for _ in request["entrants"]]
         timed = self._attempt(self._run_final, request, entrants)
+        if self.exhausted and self._stage == PLACING:
+            timed["lost_placing"] = True
         broken = {name: timed[name] for name in ("status", "message")} if "status" in timed else {}
         for fields in entrants:
             if fields.get("status", "ok") == "ok":
@@ -202,10 +210,12 @@ class Worker:
         self._enter("inputs")
         inputs, oracles = self._shape(case)
         self._enter("prepare")
+        before = self._timer.allocated() or 0
         ready: dict[int, Prepared] = {}
         for n, entrant in enumerate(request["entrants"]):
             if (prepared := self._step(entrants[n], self._prepare_entrant, case, entrant, inputs)) is not None:
                 ready[n] = prepared
+        each = nbytes(inputs) + (self._timer.allocated() or 0) - before
         for n, prepared in list(ready.items()):
             self._enter("run")
             self._step(entrants[n], self._first_run, prepared)
@@ -217,8 +227,10 @@ class Worker:
         if not ready:
             return {}
         self._enter("measure")
-        timing = time_finalists(self._timer, [prepared.run for prepared in ready.values()],
-                                FinalSampling(**request["sampling"]), request["seed"])
+        timing = time_finalists(
+            self._timer, [prepared.run for prepared in ready.values()], FinalSampling(**request["sampling"]),
+            request["seed"], lambda wanted: self._elsewhere(case, [request["entrants"][n] for n in ready], inputs,
+                                                            wanted, each))
         fields = timing.row_fields()
         for n, own in zip(ready, fields.pop("entrants"), strict=True):
             entrants[n] |= own
@@ -229,6 +241,49 @@ class Worker:
                            "after timing: ")
         self.exhausted |= timing.tainted
         return fields
+
+    def _elsewhere(self, case: Case, entrants: Sequence[Mapping[str, Any]], inputs: Inputs, wanted: int,
+                   each: int) -> tuple[list[list[Call]], str]:
+        """The entrants' calls on further placements of the inputs, and why there are not as many as wanted.
+
+        Args:
+            wanted: placements in all, the first included.
+            each: bytes that a placement takes, about.
+
+        Raises:
+            RuntimeError: the device's context is broken.
+        """
+        self._enter(PLACING)
+        made: list[list[Call]] = []
+        problem = ""
+        before = self._timer.allocated() or 0
+        for number in range(1, wanted):
+            if (self._timer.allocated() or 0) - before + each > _PLACED_MEMORY * self._total_memory():
+                problem = (f"one more would take {each / 2**20:.0f} MiB, all but the first may take "
+                           f"{_PLACED_MEMORY:.0%} of the device's memory")
+                break
+            try:
+                made.append(self._place(case, entrants, moved(inputs, number)))
+            except Exception as error:
+                problem = message(error)
+                break
+        if problem:
+            if not self._healthy():
+                raise RuntimeError(f"the device's context broke: {problem}")
+            self._release()
+            problem = f"{len(made) + 1}: {problem}"
+        self._enter("measure")
+        return made, problem
+
+    def _place(self, case: Case, entrants: Sequence[Mapping[str, Any]], inputs: Inputs) -> list[Call]:
+        """The entrants' calls on these inputs, all of which have run; what they compute was checked on the others."""
+        calls = []
+        for entrant in entrants:
+            prepared = self._prepare_entrant(case, entrant, inputs)
+            prepared.run()
+            calls.append(prepared.run)
+        self._synchronize()
+        return calls
 
     def _step(self, fields: Fields, work: Callable[..., Any], *arguments: Any) -> Any:
         """What ``work`` returns, or None with the failure written into the entrant's fields.
@@ -308,7 +363,9 @@ class Worker:
             return 0.0
         return torch.cuda.memory_allocated(self._device) / self._total_memory()
 
-    def _total_memory(self) -> int:
+    def _total_memory(self) -> float:
+        if self._device.type != "cuda":
+            return math.inf
         return torch.cuda.get_device_properties(self._device).total_memory
 
     def _synchronize(self) -> None:

@@ -1,6 +1,7 @@
 """An implementation that does what its config says, for every way a trial can end. Loaded in the worker by dotted path.
 
-Config keys: ``do`` (default "ok"), ``n`` (tells trials apart), ``binary`` and ``shared_bytes`` (what compile returns).
+Config keys: ``do`` (default "ok"; what ends in "_elsewhere" is done on further placements of the inputs only), ``n``
+(tells trials apart), ``binary`` and ``shared_bytes`` (what compile returns).
 Options: ``log``, a file that gets one line per prepared trial (and beside it, as .pid, or .other with the option
 ``other``, the worker's process id);
 ``gone``, a reason to be unavailable; ``version``; ``meet``, a folder in which the workers of a run wait for each other.
@@ -92,6 +93,8 @@ class Fake:
             with Path(self.options["log"]).open("a") as log:  # last: whoever waits for this line finds the rest written
                 log.write(f"{config.get('n')}\n")
         what = config.get("do", "ok")
+        if what.endswith("_elsewhere"):
+            what = what.removesuffix("_elsewhere") if inputs.q.storage_offset() else "ok"
         if what == "meet":  # a peer that compiles until somebody else is in the middle of its timing
             (Path(self.options["meet"]) / "preparing").touch()
             wait_for(Path(self.options["meet"]) / "timing")

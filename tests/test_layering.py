@@ -18,7 +18,7 @@ SWEEPS = (
     ("cases", "columns", "devices", "presets", "failures", "child", "walltime", "environment", "energy", "paired",
      "sampling"),
     ("cost", "fields", "implementation", "sensors", "occupancy", "strategies", "carried_cache"),
-    ("spec", "bound"),
+    ("spec", "bound", "placements"),
     ("specfile", "expand"),
     ("baselines.common",),
     ("baselines.*", "ours"),
