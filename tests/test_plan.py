@@ -340,9 +340,9 @@ def h100() -> Plan:
 
 
 def test_h100_has_its_six_hundred_trials_and_no_more_than_fit(h100: Plan) -> None:
-    """949 rows took 230 s on an H100 with 16 cores and an empty cache: 1,300 would take 315 s, of eight minutes."""
+    """1,363 rows took 180 s on an H100 with 16 cores and an empty cache: 1,500 would take 200 s, of eight minutes."""
     running = sum(t.runs for t in h100.first) + sum(t.runs for whole in h100.wholes for t in whole)
-    assert 600 <= running <= 1300
+    assert 600 <= running <= 1500
     assert len({t.id for t in h100.first}) == len(h100.first)
 
 
