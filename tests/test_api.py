@@ -181,6 +181,25 @@ def test_checkpointing() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("order", [(None, "dense", "across"), ("across", None, "dense")])
+def test_saved_tensors_with_other_strides(varlen: bool, order: tuple[str | None, ...]) -> None:
+    """What a saved-tensor hook hands to the backward is laid out as the hook likes; here o and lse as well."""
+    x = varlen_inputs() if varlen else inputs()
+    packed = torch.cat([x.q, x.k, x.v], -2).requires_grad_()
+    q, k, v = packed.split([4, 2, 2], -2)
+    ways: dict[str | None, Any] = {
+        None: lambda t: t, "dense": lambda t: t.clone(memory_format=torch.contiguous_format),
+        "across": lambda t: t if t.dim() < 2 else t.transpose(0, 1).contiguous().transpose(0, 1)}
+    results = []
+    for way in order:
+        with torch.autograd.graph.saved_tensors_hooks(ways[way], lambda t: t):
+            o = (flash_sink_attn_varlen_func(q, k, v, x.sinks, x.cu_seqlens_q, 12) if varlen
+                 else flash_sink_attn_func(q, k, v, x.sinks, 12))
+        results.append(torch.autograd.grad(o, [packed], x.do, retain_graph=True)[0])
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def test_autocast() -> None:
     x = inputs()
     q, k, v = (t.float().requires_grad_() for t in (x.q, x.k, x.v))
