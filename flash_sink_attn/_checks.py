@@ -75,7 +75,7 @@ def check_scale(softmax_scale: Any, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale: expected a float or None, got {softmax_scale!r}")
-    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+    if not 0 < softmax_scale < math.inf:  # dynamo has no math.isfinite of a number that varies
         raise ValueError(f"softmax_scale: expected a finite number above 0, got {softmax_scale}")
     return float(softmax_scale)
 
@@ -105,7 +105,9 @@ def check_packed(q: torch.Tensor, k: torch.Tensor, cu_seqlens: Any, cu_seqlens_k
             raise ValueError(f"cu_seqlens_k: expected cu_seqlens's shape {tuple(cu_seqlens.shape)}, "
                              f"got {tuple(cu_seqlens_k.shape)}")
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        # Whether it is negative torch.compile cannot ask of a number that only the device knows; the op asks at last.
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)
+                                  or (not torch.compiler.is_compiling() and value < 0)):
             raise ValueError(f"{name}: expected an int of at least 0 or None, got {value!r}")
 
 
