@@ -19,7 +19,25 @@ CHECK_VALUES = "FLASH_SINK_ATTN_CHECK"
 
 
 def check_tensors(q: Any, k: Any, v: Any, sinks: Any, *, varlen: bool) -> None:
-    """Raise TypeError or ValueError unless q, k, v and sinks belong together."""
+    """Raise TypeError or ValueError unless q, k, v and sinks belong together, where our kernels can read them."""
+    check_qkv(q, k, v, varlen=varlen)
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and (INTERPRETING or COMPILE_ONLY)):
+        where = "a CUDA device, or a CPU when there is no CUDA device or TRITON_INTERPRET=1"
+        raise ValueError(f"q: expected a tensor on {where}, got {q.device}")
+    if sinks is None:
+        return
+    if not isinstance(sinks, torch.Tensor):
+        raise TypeError(f"sinks: expected a tensor or None, got {type(sinks).__name__}")
+    if sinks.shape != (q.shape[-2],):
+        raise ValueError(f"sinks: expected shape ({q.shape[-2]},), one logit per query head, got {tuple(sinks.shape)}")
+    if sinks.dtype not in (*HALF, torch.float32):
+        raise TypeError(f"sinks: expected float32, float16 or bfloat16, got {sinks.dtype}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: expected q's device {q.device}, got {sinks.device}")
+
+
+def check_qkv(q: Any, k: Any, v: Any, *, varlen: bool) -> None:
+    """Raise TypeError or ValueError unless q, k and v belong together."""
     rank = 3 if varlen else 4
     layout = "(total_tokens, heads, head_dim)" if varlen else "(batch, seqlen, heads, head_dim)"
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -36,9 +54,6 @@ def check_tensors(q: Any, k: Any, v: Any, sinks: Any, *, varlen: bool) -> None:
         if x.shape[-1] % 8 or not 8 <= x.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a head dim that is a multiple of 8 from 8 to {MAX_HEAD_DIM}, "
                              f"got {x.shape[-1]}")
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and (INTERPRETING or COMPILE_ONLY)):
-        where = "a CUDA device, or a CPU when there is no CUDA device or TRITON_INTERPRET=1"
-        raise ValueError(f"q: expected a tensor on {where}, got {q.device}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k: expected q's head dim {q.shape[-1]}, got {k.shape[-1]}")
     if k.shape[:-1] != v.shape[:-1]:
@@ -47,16 +62,6 @@ def check_tensors(q: Any, k: Any, v: Any, sinks: Any, *, varlen: bool) -> None:
         raise ValueError(f"k: expected q's batch {q.shape[0]}, got {k.shape[0]}")
     if k.shape[-2] < 1 or q.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"q: expected a number of heads that is a multiple of k's {k.shape[-2]}, got {q.shape[-2]}")
-    if sinks is None:
-        return
-    if not isinstance(sinks, torch.Tensor):
-        raise TypeError(f"sinks: expected a tensor or None, got {type(sinks).__name__}")
-    if sinks.shape != (q.shape[-2],):
-        raise ValueError(f"sinks: expected shape ({q.shape[-2]},), one logit per query head, got {tuple(sinks.shape)}")
-    if sinks.dtype not in (*HALF, torch.float32):
-        raise TypeError(f"sinks: expected float32, float16 or bfloat16, got {sinks.dtype}")
-    if sinks.device != q.device:
-        raise ValueError(f"sinks: expected q's device {q.device}, got {sinks.device}")
 
 
 def check_window(window: Any) -> None:
