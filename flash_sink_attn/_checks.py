@@ -19,7 +19,25 @@ CHECK_VALUES = "FLASH_SINK_ATTN_CHECK"
 
 
 def check_tensors(q: Any, k: Any, v: Any, sinks: Any, *, varlen: bool) -> None:
-    """Raise TypeError or ValueError unless q, k, v and sinks belong together."""
+    """Raise TypeError or ValueError unless q, k, v and sinks belong together, where our kernels can read them."""
+    check_qkv(q, k, v, varlen=varlen)
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and (INTERPRETING or COMPILE_ONLY)):
+        where = "a CUDA device, or a CPU when there is no CUDA device or TRITON_INTERPRET=1"
+        raise ValueError(f"q: expected a tensor on {where}, got {q.device}")
+    if sinks is None:
+        return
+    if not isinstance(sinks, torch.Tensor):
+        raise TypeError(f"sinks: expected a tensor or None, got {type(sinks).__name__}")
+    if sinks.shape != (q.shape[-2],):
+        raise ValueError(f"sinks: expected shape ({q.shape[-2]},), one logit per query head, got {tuple(sinks.shape)}")
+    if sinks.dtype not in (*HALF, torch.float32):
+        raise TypeError(f"sinks: expected float32, float16 or bfloat16, got {sinks.dtype}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: expected q's device {q.device}, got {sinks.device}")
+
+
+def check_qkv(q: Any, k: Any, v: Any, *, varlen: bool) -> None:
+    """Raise TypeError or ValueError unless q, k and v belong together."""
     rank = 3 if varlen else 4
     layout = "(total_tokens, heads, head_dim)" if varlen else "(batch, seqlen, heads, head_dim)"
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -36,9 +54,6 @@ def check_tensors(q: Any, k: Any, v: Any, sinks: Any, *, varlen: bool) -> None:
         if x.shape[-1] % 8 or not 8 <= x.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a head dim that is a multiple of 8 from 8 to {MAX_HEAD_DIM}, "
                              f"got {x.shape[-1]}")
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and (INTERPRETING or COMPILE_ONLY)):
-        where = "a CUDA device, or a CPU when there is no CUDA device or TRITON_INTERPRET=1"
-        raise ValueError(f"q: expected a tensor on {where}, got {q.device}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k: expected q's head dim {q.shape[-1]}, got {k.shape[-1]}")
     if k.shape[:-1] != v.shape[:-1]:
@@ -47,16 +62,6 @@ def check_tensors(q: Any, k: Any, v: Any, sinks: Any, *, varlen: bool) -> None:
         raise ValueError(f"k: expected q's batch {q.shape[0]}, got {k.shape[0]}")
     if k.shape[-2] < 1 or q.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"q: expected a number of heads that is a multiple of k's {k.shape[-2]}, got {q.shape[-2]}")
-    if sinks is None:
-        return
-    if not isinstance(sinks, torch.Tensor):
-        raise TypeError(f"sinks: expected a tensor or None, got {type(sinks).__name__}")
-    if sinks.shape != (q.shape[-2],):
-        raise ValueError(f"sinks: expected shape ({q.shape[-2]},), one logit per query head, got {tuple(sinks.shape)}")
-    if sinks.dtype not in (*HALF, torch.float32):
-        raise TypeError(f"sinks: expected float32, float16 or bfloat16, got {sinks.dtype}")
-    if sinks.device != q.device:
-        raise ValueError(f"sinks: expected q's device {q.device}, got {sinks.device}")
 
 
 def check_window(window: Any) -> None:
@@ -75,7 +80,7 @@ def check_scale(softmax_scale: Any, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale: expected a float or None, got {softmax_scale!r}")
-    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+    if not 0 < softmax_scale < math.inf:  # dynamo has no math.isfinite of a number that varies
         raise ValueError(f"softmax_scale: expected a finite number above 0, got {softmax_scale}")
     return float(softmax_scale)
 
@@ -105,7 +110,9 @@ def check_packed(q: torch.Tensor, k: torch.Tensor, cu_seqlens: Any, cu_seqlens_k
             raise ValueError(f"cu_seqlens_k: expected cu_seqlens's shape {tuple(cu_seqlens.shape)}, "
                              f"got {tuple(cu_seqlens_k.shape)}")
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        # Whether it is negative torch.compile cannot ask of a number that only the device knows; the op asks at last.
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)
+                                  or (not torch.compiler.is_compiling() and value < 0)):
             raise ValueError(f"{name}: expected an int of at least 0 or None, got {value!r}")
 
 

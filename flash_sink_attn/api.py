@@ -109,7 +109,8 @@ def flash_sink_attn_varlen_func(
             the tokens concerned undefined (possibly NaN), but give no access out of bounds.
         cu_seqlens_k: the same for the keys; default cu_seqlens.
         max_seqlen_q, max_seqlen_k: longest sequence, in tokens. Only the lookup of tuned tile sizes uses them; default
-            the totals.
+            the totals. A maximum taken from cu_seqlens inside torch.compile keeps the graph whole with
+            torch._dynamo.config.capture_scalar_outputs, and costs a synchronisation as it does outside.
         return_lse: also return lse.
 
     Returns:
@@ -152,8 +153,8 @@ def _apply(
     if torch.compiler.is_compiling():
         # Dynamo cannot see into the kernels; an op with a known signature keeps the graph whole.
         resolved, options = check(*given)
-        return torch.ops.flash_sink_attn.forward(q, k, v, sinks, cu_q, cu_k, max_q or q.shape[0], max_k or k.shape[0],
-                                                 window, resolved, options.encode())
+        return torch.ops.flash_sink_attn.forward(q, k, v, sinks, cu_q, cu_k, max_q, max_k, window, resolved,
+                                                 options.encode())
     call = call_for(*given)
     cu_q, cu_k = place(q, k, cu_q, cu_k)
     return _SinkAttention.apply(q, k, v, sinks, cu_q, cu_k, call)
@@ -178,10 +179,10 @@ class _SinkAttention(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-_CALL = "Tensor? cu_q, Tensor? cu_k, SymInt max_q, SymInt max_k, int? window, float scale, str options"
+_CALL = "Tensor? cu_q, Tensor? cu_k, SymInt? max_q, SymInt? max_k, int? window, float scale, str options"
 
 
-def _call_of(q: Any, k: Any, v: Any, sinks: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, window: int | None,
+def _call_of(q: Any, k: Any, v: Any, sinks: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, window: int | None,
              scale: float, text: str) -> Call:
     options = Options.decode(text)
     return call_for(q, k, v, sinks, cu_q is not None, cu_q, cu_k, max_q, max_k, window, scale, options.config,

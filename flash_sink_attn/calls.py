@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -97,7 +97,10 @@ def _new_call(
     dims = (_DTYPE_NAMES[q.dtype], q.shape[-1], v.shape[-1], q.shape[-2], k.shape[-2], window)
     key = (ShapeKey.packed(*dims, q.shape[0], max_q or q.shape[0], max_k or k.shape[0]) if varlen
            else ShapeKey.fixed(*dims, q.shape[0], q.shape[1], k.shape[1]))
-    return Call(key, window, scale, options, (*q.shape[:-1], v.shape[-1]), lse_shape(q, varlen), q.device)
+    kept = {name: _Kept(x.shape, x.dtype) for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks))
+            if x is not None}
+    kept |= {"o": _Kept((*q.shape[:-1], v.shape[-1]), q.dtype), "lse": _Kept(lse_shape(q, varlen), torch.float32)}
+    return Call(key, window, scale, options, kept, q.device)
 
 
 def lse_shape(q: torch.Tensor, varlen: bool) -> tuple[int, ...]:
@@ -117,6 +120,13 @@ def place(
     return on_q, _checks.cu_seqlens_on(q.device, "cu_seqlens_k", cu_k, k.shape[0])
 
 
+class _Kept(NamedTuple):
+    """What the forward saves of a tensor besides its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Call:
     """What calls of one kind have in common.
 
@@ -127,10 +137,10 @@ class Call:
         options: what the caller asks for.
     """
 
-    def __init__(self, key: ShapeKey, window: int | None, scale: float, options: Options, o_shape: tuple[int, ...],
-                 lse_shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, key: ShapeKey, window: int | None, scale: float, options: Options, kept: Mapping[str, _Kept],
+                 device: torch.device) -> None:
         self.key, self.window, self.scale, self.options = key, window, scale, options
-        self._o_shape, self._lse_shape, self._device = o_shape, lse_shape, device
+        self._kept, self._device = kept, device
         self._forward: Tape | None = None
         self._backward: dict[tuple[Any, ...], Tape] = {}
 
@@ -143,8 +153,8 @@ class Call:
         cu_k: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """o and lse."""
-        o = torch.empty(self._o_shape, dtype=q.dtype, device=self._device)
-        lse = torch.empty(self._lse_shape, dtype=torch.float32, device=self._device)
+        o = torch.empty(self._kept["o"].shape, dtype=q.dtype, device=self._device)
+        lse = torch.empty(self._kept["lse"].shape, dtype=torch.float32, device=self._device)
         tensors = (q, k, v, sinks, o, lse, cu_q, cu_k)
         if self._forward is None or not self._forward.play(tensors):
             with launcher.recording(tensors, self._device) as recorder:
@@ -157,7 +167,15 @@ class Call:
         lse: torch.Tensor, do: torch.Tensor | None, dlse: torch.Tensor | None, cu_q: torch.Tensor | None,
         cu_k: torch.Tensor | None, needs: tuple[bool, ...],
     ) -> Grads:
-        """Gradients of q, k, v and sinks, None where not needed."""
+        """Gradients of q, k, v and sinks, None where not needed.
+
+        Between forward and backward all that was saved belongs to autograd's saved-tensor hooks (activation
+        offloading, for one), and their strides need not be the same afterwards.
+
+        Raises:
+            ValueError: something else came back than was saved.
+        """
+        o, lse = o.contiguous(), lse.contiguous()  # as the kernels take them
         if do is None:
             do = torch.zeros_like(o)
         if dlse is not None:
@@ -168,8 +186,12 @@ class Call:
         dv = torch.empty(v.shape, dtype=dtype, device=device) if needs[2] else None
         dsinks = None if sinks is None or not needs[3] else torch.empty(sinks.shape, dtype=sinks.dtype, device=device)
         tensors = (q, k, v, sinks, o, lse, do, dlse, dq, dk, dv, dsinks, cu_q, cu_k)
-        kind = (needs, do.stride(), dlse is None)
+        kind = (needs, dlse is None, do.stride(), q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+                o.dtype, lse.dtype, q.device, k.device, v.device, o.device, lse.device,
+                None if sinks is None else (sinks.stride(), sinks.dtype, sinks.device))
         tape = self._backward.get(kind)
+        if tape is None:
+            self._check_kept({"q": q, "k": k, "v": v, "sinks": sinks, "o": o, "lse": lse})
         if tape is None or not tape.play(tensors):
             with launcher.recording(tensors, device) as recorder:
                 self._run_backward(q, k, v, sinks, o, lse, do, dlse, dq, dk, dv, dsinks,
@@ -177,6 +199,15 @@ class Call:
             if (recorded := recorder.tape()) is not None:
                 self._backward[kind] = recorded
         return dq, dk, dv, dsinks
+
+    def _check_kept(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
+        for name, x in tensors.items():
+            expected = self._kept.get(name)
+            if x is not None and expected is not None and (
+                    x.shape != expected.shape or x.dtype != expected.dtype or x.device != self._device):
+                raise ValueError(
+                    f"{name}: expected what was saved for the backward, {expected.dtype} {tuple(expected.shape)} on "
+                    f"{self._device}, got {x.dtype} {tuple(x.shape)} on {x.device} (from a saved-tensor hook?)")
 
     def _sequences(
         self, q: torch.Tensor, k: torch.Tensor, cu_q: torch.Tensor | None, cu_k: torch.Tensor | None

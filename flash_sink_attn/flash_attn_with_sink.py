@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flash_sink_attn import _checks
+
 _INSTALL = "install it with `pip install 'flash_sink_attn[flash]'`, or build flash_attn 2 or FlashAttention-3"
 
 
@@ -255,6 +257,46 @@ def _load(*, needs_backward: bool) -> FlashAttention | ModuleType:
     raise ImportError(f"flash_attn_with_sink_func: no FlashAttention found ({'; '.join(reasons)}); {_INSTALL}")
 
 
+def _check_sink(sink: Any, q: Tensor) -> None:
+    if not isinstance(sink, Tensor):
+        raise TypeError(f"sink: expected a tensor, got {type(sink).__name__}")
+    if not sink.is_floating_point():
+        raise TypeError(f"sink: expected a floating-point dtype, got {sink.dtype}")
+    if sink.numel() != q.shape[2]:
+        raise ValueError(f"sink: expected {q.shape[2]} elements, one logit per query head, got shape "
+                         f"{tuple(sink.shape)}")
+    if sink.device != q.device:
+        raise ValueError(f"sink: expected q's device {q.device}, got {sink.device}")
+
+
+def _is_number(x: Any, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(x, kinds) and not isinstance(x, bool)
+
+
+def _check_options(q: Tensor, k: Tensor, v: Tensor, dropout_p: Any, window_size: Any, alibi_slopes: Any) -> None:
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if not _is_number(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a float, got {dropout_p!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
+    if not isinstance(window_size, (tuple, list)) or not all(_is_number(side, int) for side in window_size):
+        raise TypeError(f"window_size: expected a pair of ints (left, right), got {window_size!r}")
+    if len(window_size) != 2 or min(window_size) < -1:
+        raise ValueError(f"window_size: expected (left, right), each -1 or more, got {window_size}")
+    if alibi_slopes is None:
+        return
+    if not isinstance(alibi_slopes, Tensor):
+        raise TypeError(f"alibi_slopes: expected a tensor or None, got {type(alibi_slopes).__name__}")
+    if alibi_slopes.dtype != torch.float32:
+        raise TypeError(f"alibi_slopes: expected float32, got {alibi_slopes.dtype}")
+    if alibi_slopes.shape not in ((q.shape[2],), (q.shape[0], q.shape[2])):
+        raise ValueError(f"alibi_slopes: expected shape ({q.shape[2]},) or {(q.shape[0], q.shape[2])}, got "
+                         f"{tuple(alibi_slopes.shape)}")
+    if alibi_slopes.device != q.device:
+        raise ValueError(f"alibi_slopes: expected q's device {q.device}, got {alibi_slopes.device}")
+
+
 def flash_attn_with_sink_func(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
     causal: bool = False, window_size: tuple[int, int] = (-1, -1), alibi_slopes: Tensor | None = None,
@@ -267,7 +309,7 @@ def flash_attn_with_sink_func(
     Args:
         q: (batch, seqlen_q, heads_q, head_dim), float16 or bfloat16; head_dim a multiple of 8.
         k: (batch, seqlen_k, heads_kv, head_dim); heads_q is a multiple of heads_kv.
-        v: like k.
+        v: like k, of the same shape.
         sink: one logit per query head, any shape with heads_q elements, any floating dtype; minus infinity = none.
         dropout_p: probability of dropping a softmax weight; other than 0 needs flash_attn 2.
         softmax_scale: factor on the scores, default head_dim ** -0.5.
@@ -282,33 +324,29 @@ def flash_attn_with_sink_func(
 
     Raises:
         ImportError: no FlashAttention is installed.
-        ValueError: an argument is out of range or not supported by the FlashAttention found.
+        ValueError, TypeError: an argument is wrong, or not supported by the FlashAttention found; the message names
+            it, what was expected and what came.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name}: expected (batch, seqlen, heads, head_dim), got shape {tuple(tensor.shape)}")
-        if tensor.shape[-1] % 8:
-            raise ValueError(f"{name}: expected a head_dim that is a multiple of 8, got {tensor.shape[-1]}")
-    if sink.numel() != q.shape[2] or not sink.is_floating_point():
-        raise ValueError(f"sink: expected one floating-point logit for each of the {q.shape[2]} query heads, "
-                         f"got shape {tuple(sink.shape)} of {sink.dtype}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
-    if len(window_size) != 2 or min(window_size) < -1:
-        raise ValueError(f"window_size: expected (left, right), each -1 or more, got {window_size}")
+    _checks.check_qkv(q, k, v, varlen=False)
+    _check_sink(sink, q)
+    _check_options(q, k, v, dropout_p, window_size, alibi_slopes)
+    for flag, value in (("causal", causal), ("deterministic", deterministic), ("return_attn_probs", return_attn_probs)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{flag}: expected a bool, got {value!r}")
     if return_attn_probs:
         raise ValueError("return_attn_probs: expected False, got True; they would leave the sink out")
+    scale = _checks.check_scale(softmax_scale, q.shape[-1])
     flash = _load(needs_backward=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, sink)))
     if (dropout_p or alibi_slopes is not None) and (isinstance(flash, ModuleType) or not flash.dropout_and_alibi):
         name, given = ("dropout_p", dropout_p) if dropout_p else ("alibi_slopes", "a tensor")
         found = "FlashAttention-4" if isinstance(flash, ModuleType) else flash.name
         raise ValueError(f"{name}: {found} has none, only flash_attn 2 does; got {given}")
-    left, right = int(window_size[0]), int(window_size[1])
-    scale = float(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    left, right = window_size
     if isinstance(flash, ModuleType):  # FlashAttention-4 has sinks of its own
+        own = sink if sink.dtype in (torch.float16, torch.bfloat16, torch.float32) else sink.float()
         result = flash.flash_attn_func(
-            q, k, v, softmax_scale=scale, causal=causal, learnable_sink=sink.reshape(-1), deterministic=deterministic,
+            q, k, v, softmax_scale=scale, causal=causal, learnable_sink=own.reshape(-1), deterministic=deterministic,
             window_size=(None if left < 0 else left, None if right < 0 else right))
         return result[0] if isinstance(result, tuple) else result
-    call = FlashCall(scale, bool(causal), (left, right), float(dropout_p), alibi_slopes, bool(deterministic))
+    call = FlashCall(scale, causal, (left, right), float(dropout_p), alibi_slopes, deterministic)
     return cast(Tensor, _SinkOnTop.apply(q, k, v, sink, flash, call))

@@ -19,6 +19,9 @@ OURS = "ours"
 VERDICTS = ("SLOWER", "FASTER", "UNSURE", "SAME")
 SAME_WITHIN = 0.01      # a change this small either way is none
 CLOCKS_WITHIN = 0.01    # SM clocks further apart than this are said, and have to agree on the verdict
+# What a throttled card may be slower by, and the clocks read between samples do not show: between a run and its repeat
+# on an H100 its timings moved by up to 8%, at clocks that read the same.
+THROTTLED_WITHIN = 0.08
 
 CONTROL_SPAN, CONTROL_CASES = 2.0, 5    # a case's controls take half to twice its time; fewer of them tell nothing
 
@@ -152,9 +155,9 @@ def compare(old: Path, new: Path, impls: Collection[str] = (OURS,), same_within:
     The change of a case is the ratio of the medians; its 95% interval comes from those of the two medians by MOVER on
     the logarithms (Zou and Donner, Statistics in Medicine 27, 2008): independent errors add in quadrature. SAME: the
     interval lies within ±same_within. FASTER, SLOWER: it lies wholly beyond. UNSURE: anything else, a side without
-    samples, or SM clocks that differ by more than 1% where the same change at equal clocks (time x clock) would get
-    another verdict: a kernel's time follows the clock wholly, partly or not at all. The number shown is always the
-    one measured.
+    samples, SM clocks that differ by more than 1% where the same change at equal clocks (time x clock) would get
+    another verdict (a kernel's time follows the clock wholly, partly or not at all), or a slower side that power or
+    heat held back where a change smaller by 8% would get another. The number shown is always the one measured.
 
     Args:
         old, new: run directories of the same card.
@@ -223,9 +226,13 @@ def _change(impl: str, result: CaseResult, old: Measured, new: Measured, same_wi
         notes.append(f"SM clock {clocks[0]:.0f} → {clocks[1]:.0f} MHz")
         if verdict_of(low * scale, high * scale, same_within) != verdict:
             verdict = "UNSURE"
-    for m, when in ((old, "old"), (new, "new")):
+    # who is held back is slower for it: the new run's time shrinks by so much, or the old one's
+    for m, when, scale in ((old, "old", 1 + THROTTLED_WITHIN), (new, "new", 1 / (1 + THROTTLED_WITHIN))):
         if m.row.get("throttle"):
             notes.append(f"{when} run throttled: {', '.join(map(str, m.row['throttle']))}")
+            slower = "SLOWER" if when == "new" else "FASTER"
+            if verdict == slower and verdict_of(low * scale, high * scale, same_within) != slower:
+                verdict = "UNSURE"
     moved = None if is_peer(impl) and _unchanged(old, new) else control_range(control, old.latency_ms)
     if moved and verdict in ("SLOWER", "FASTER") and moved[0] <= new.latency_ms / old.latency_ms <= moved[1]:
         verdict = "UNSURE"

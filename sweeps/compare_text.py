@@ -58,8 +58,8 @@ def comparison_markdown(comparison: Comparison) -> str:
     if comparison.differs:
         parts.append("**What differs**\n\n" + markdown(["", "old", "new"], comparison.differs, text_columns=3))
     parts.append(f"Change: new median device time over old, with its 95% interval. SAME: the interval lies within "
-                 f"±{within}; SLOWER, FASTER: wholly beyond it; UNSURE: neither, or SM clocks or unchanged "
-                 "peers may explain it (see the notes).")
+                 f"±{within}; SLOWER, FASTER: wholly beyond it; UNSURE: neither, or SM clocks, throttling or "
+                 "unchanged peers may explain it (see the notes).")
     return "\n\n".join(parts) + "\n"
 
 

@@ -172,7 +172,8 @@ def _timed(candidate: Measured, own: Mapping[str, Any], record: Mapping[str, Any
         return dataclasses.replace(candidate, row=row)
     scale = candidate.latency_ms / own["latency_ms"]
     row |= {name: row[name] * scale for name in ("tflops", "pct_peak", "gb_per_s") if row.get(name)}
-    row |= {name: record.get(name) for name in ("stop_reason", "sm_clock_mhz", "power_w", "temperature_c")}
+    row |= {name: record.get(name)
+            for name in ("stop_reason", "sm_clock_mhz", "power_w", "temperature_c", "throttle")}
     row |= {"latency_ms": own["latency_ms"], "samples_ms": own["samples_ms"], "samples": len(own["samples_ms"])}
     if own.get("wall_ms"):
         row["wall_ms"] = own["wall_ms"]

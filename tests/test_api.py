@@ -181,6 +181,25 @@ def test_checkpointing() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("order", [(None, "dense", "across"), ("across", None, "dense")])
+def test_saved_tensors_with_other_strides(varlen: bool, order: tuple[str | None, ...]) -> None:
+    """What a saved-tensor hook hands to the backward is laid out as the hook likes; here o and lse as well."""
+    x = varlen_inputs() if varlen else inputs()
+    packed = torch.cat([x.q, x.k, x.v], -2).requires_grad_()
+    q, k, v = packed.split([4, 2, 2], -2)
+    ways: dict[str | None, Any] = {
+        None: lambda t: t, "dense": lambda t: t.clone(memory_format=torch.contiguous_format),
+        "across": lambda t: t if t.dim() < 2 else t.transpose(0, 1).contiguous().transpose(0, 1)}
+    results = []
+    for way in order:
+        with torch.autograd.graph.saved_tensors_hooks(ways[way], lambda t: t):
+            o = (flash_sink_attn_varlen_func(q, k, v, x.sinks, x.cu_seqlens_q, 12) if varlen
+                 else flash_sink_attn_func(q, k, v, x.sinks, 12))
+        results.append(torch.autograd.grad(o, [packed], x.do, retain_graph=True)[0])
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def test_autocast() -> None:
     x = inputs()
     q, k, v = (t.float().requires_grad_() for t in (x.q, x.k, x.v))
@@ -211,6 +230,47 @@ def test_compile_without_a_graph_break(varlen: bool) -> None:
         results.append([o, lse, *torch.autograd.grad([o, lse], [q, v, sinks], [x.do, torch.ones_like(lse)])])
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
+
+
+def test_compile_with_a_scale_that_varies() -> None:
+    x = inputs()
+
+    def call(scale: float, *tensors: torch.Tensor) -> Any:
+        return flash_sink_attn_func(*tensors, 12, softmax_scale=scale)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for scale in (0.3, 0.4, 0.5):
+        results = []
+        for f in (call, compiled):
+            some = leaves(x)
+            o = f(scale, *some)
+            results.append([o, *torch.autograd.grad(o, some, x.do)])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["both maxima", "only max_seqlen_q"])
+def test_compile_with_a_maximum_that_only_the_device_knows(both: bool) -> None:
+    x = varlen_inputs()
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, less: int) -> Any:
+        longest = int(x.cu_seqlens_q.diff().max()) - less
+        return flash_sink_attn_varlen_func(q, k, v, sinks, x.cu_seqlens_q, 12, max_seqlen_q=longest,
+                                           max_seqlen_k=longest if both else None)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = []
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        for f in (call, compiled):
+            some = leaves(x)
+            o = f(*some, 0)
+            results.append([o, *torch.autograd.grad(o, some, x.do)])
+        with pytest.raises(ValueError, match="max_seqlen_q: expected an int of at least 0 or None, got -9"):
+            compiled(*leaves(x), 30)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_op_registrations() -> None:
@@ -256,11 +316,15 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "window: expected an int, None or a cache manager, got 2.5", {"window": 2.5}),
     (TypeError, "window: expected an int, None or a cache manager, got True", {"window": True}),
     (ValueError, "softmax_scale: expected a finite number above 0, got 0", {"softmax_scale": 0}),
+    (ValueError, "softmax_scale: expected a finite number above 0, got -1.0", {"softmax_scale": -1.0}),
+    (ValueError, "softmax_scale: expected a finite number above 0, got nan", {"softmax_scale": float("nan")}),
+    (ValueError, "softmax_scale: expected a finite number above 0, got inf", {"softmax_scale": float("inf")}),
     (TypeError, "softmax_scale: expected a float or None, got 'x'", {"softmax_scale": "x"}),
+    (TypeError, "softmax_scale: expected a float or None, got True", {"softmax_scale": True}),
 ]
 
 
-@pytest.mark.parametrize(("error", "words", "changes"), ERRORS, ids=[words[:40] for _, words, _ in ERRORS])
+@pytest.mark.parametrize(("error", "words", "changes"), ERRORS, ids=[words for _, words, _ in ERRORS])
 def test_bad_input(error: type[Exception], words: str, changes: dict[str, Any]) -> None:
     x = inputs()
     arguments = {"q": x.q, "k": x.k, "v": x.v, "sinks": x.sinks}

@@ -72,6 +72,22 @@ def test_a_change_beyond_what_the_clock_explains_stays(tmp_path):
     assert verdict(tmp_path, [ours(0.1)], [ours(0.13, clock=1800.0)]).verdict == "SLOWER"
 
 
+CAPPED = ["sw_power_cap"]
+
+
+@pytest.mark.parametrize("new_ms,old_throttle,new_throttle,expected", [
+    (0.1045, [], CAPPED, "UNSURE"), (0.1045, CAPPED, CAPPED, "UNSURE"), (0.12, [], CAPPED, "SLOWER"),
+    (0.1045, CAPPED, [], "SLOWER"),     # which was held back and faster all the same
+    (0.0955, CAPPED, [], "UNSURE"), (0.0955, [], CAPPED, "FASTER"), (0.085, CAPPED, CAPPED, "FASTER"),
+    (0.1002, CAPPED, CAPPED, "SAME"), (0.1045, None, [], "SLOWER")])
+def test_a_throttled_side_that_is_slower_makes_a_small_change_unsure(
+        tmp_path, new_ms, old_throttle, new_throttle, expected):
+    change = verdict(tmp_path, [ours(0.1, throttle=old_throttle)], [ours(new_ms, throttle=new_throttle)])
+    assert change.verdict == expected and change.change == pytest.approx(new_ms / 0.1 - 1)
+    assert change.notes == tuple(f"{when} run throttled: sw_power_cap" for when, throttle in (
+        ("old", old_throttle), ("new", new_throttle)) if throttle)
+
+
 def test_the_clock_warning_counts_the_cases(tmp_path):
     found = compare(run(tmp_path / "old", [ours(0.1)]), run(tmp_path / "new", [ours(0.11, clock=1800.0)]))
     assert any("in 1 of 1 comparisons; no time was scaled" in w for w in found.warnings)

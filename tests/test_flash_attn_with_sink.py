@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from flash_sink_attn import _checks
 from flash_sink_attn.flash_attn_with_sink import (
     FlashAttention2,
     FlashAttention3,
@@ -20,6 +21,11 @@ from flash_sink_attn.reference import attention_reference_gradients
 
 INFINITY = float("inf")
 
+
+@pytest.fixture(autouse=True)
+def float64_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention is re-enacted in float64, where every error is one of the formulas."""
+    monkeypatch.setattr(_checks, "HALF", (*_checks.HALF, torch.float64))
 
 
 # --- FlashAttention's own behaviour, written down independently: it is told lse and output in its backward ---
@@ -346,6 +352,9 @@ def test_fa4_is_taken_when_it_is_the_only_one(monkeypatch, fa3):
     q, k, v, sink, _ = draw()
     assert flash_attn_with_sink_func(q, k, v, sink.reshape(1, 4), causal=True, window_size=(-1, 0)) is q
     assert seen["window_size"] == (None, 0) and seen["learnable_sink"].shape == (4,)
+    for dtype, passed in ((torch.float64, torch.float32), (torch.float16, torch.float16)):
+        flash_attn_with_sink_func(q, k, v, sink.to(dtype), causal=True)
+        assert seen["learnable_sink"].dtype == passed
     seen.clear()
     with torch.no_grad():  # a FlashAttention-3 without a backward will do
         flash_attn_with_sink_func(q, k, v, sink, causal=True)
@@ -353,17 +362,47 @@ def test_fa4_is_taken_when_it_is_the_only_one(monkeypatch, fa3):
     assert not FlashAttention3(fa3).has_backward
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"q": torch.zeros(3, 4, 8)}, "q: expected"), ({"v": torch.zeros(1, 3, 2, 12)}, "v: expected a head_dim"),
-    ({"sink": torch.zeros(3)}, "sink: expected"), ({"sink": torch.zeros(4, dtype=torch.int32)}, "sink: expected"),
-    ({"dropout_p": 1.0}, "dropout_p"), ({"window_size": (-2, 0)}, "window_size"),
-    ({"return_attn_probs": True}, "return_attn_probs"),
-])
-def test_bad_input(monkeypatch, change, message):
+BAD = [
+    (TypeError, "q: expected a tensor, got list", {"q": [1.0]}),
+    (ValueError, r"q: expected 4 dimensions .* got shape \(3, 4, 8\)", {"q": torch.zeros(3, 4, 8).half()}),
+    (TypeError, "q: expected float16 or bfloat16, got torch.float32", {"q": torch.zeros(2, 11, 4, 8)}),
+    (TypeError, "k: expected q's dtype torch.bfloat16, got torch.float16", {"k": torch.zeros(2, 11, 2, 8).half()}),
+    (ValueError, "v: expected a head dim", {"v": torch.zeros(2, 11, 2, 12).bfloat16()}),
+    (ValueError, r"v: expected k's shape \(2, 11, 2, 8\), got", {"v": torch.zeros(2, 11, 2, 16).bfloat16()}),
+    (ValueError, "v: expected k's leading dimensions", {"v": torch.zeros(2, 10, 2, 8).bfloat16()}),
+    (ValueError, "q: expected a number of heads that is a multiple of k's 2, got 3",
+     {"q": torch.zeros(2, 11, 3, 8).bfloat16()}),
+    (TypeError, "sink: expected a tensor, got float", {"sink": 0.0}),
+    (TypeError, "sink: expected a tensor, got NoneType", {"sink": None}),
+    (ValueError, r"sink: expected 4 elements, .* got shape \(3,\)", {"sink": torch.zeros(3)}),
+    (TypeError, "sink: expected a floating-point dtype, got torch.int32", {"sink": torch.zeros(4).int()}),
+    (ValueError, "sink: expected q's device cpu, got meta", {"sink": torch.zeros(4, device="meta")}),
+    (ValueError, "dropout_p: expected 0 <= dropout_p < 1, got 1.0", {"dropout_p": 1.0}),
+    (ValueError, "dropout_p: expected 0 <= dropout_p < 1, got nan", {"dropout_p": float("nan")}),
+    (TypeError, "dropout_p: expected a float, got None", {"dropout_p": None}),
+    (TypeError, "softmax_scale: expected a float or None, got 'x'", {"softmax_scale": "x"}),
+    (ValueError, "softmax_scale: expected a finite number above 0, got 0", {"softmax_scale": 0}),
+    (TypeError, "causal: expected a bool, got 'no'", {"causal": "no"}),
+    (TypeError, "deterministic: expected a bool, got None", {"deterministic": None}),
+    (TypeError, "window_size: expected a pair of ints .* got None", {"window_size": None}),
+    (TypeError, r"window_size: expected a pair of ints .* got \('a', 0\)", {"window_size": ("a", 0)}),
+    (TypeError, r"window_size: expected a pair of ints .* got \(1.5, 0\)", {"window_size": (1.5, 0)}),
+    (ValueError, r"window_size: expected \(left, right\), .* got \(-2, 0\)", {"window_size": (-2, 0)}),
+    (ValueError, r"window_size: expected \(left, right\), .* got \(3,\)", {"window_size": (3,)}),
+    (TypeError, "alibi_slopes: expected a tensor or None, got float", {"alibi_slopes": 0.5}),
+    (TypeError, "alibi_slopes: expected float32, got torch.float16", {"alibi_slopes": torch.ones(4).half()}),
+    (ValueError, r"alibi_slopes: expected shape \(4,\) or \(2, 4\), got \(2,\)", {"alibi_slopes": torch.ones(2)}),
+    (ValueError, "return_attn_probs: expected False, got True", {"return_attn_probs": True}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "change"), BAD, ids=[message for _, message, _ in BAD])
+def test_bad_input(monkeypatch, error, message, change):
     install(monkeypatch, fa2=flash_attention_2())
-    arguments = dict(zip(("q", "k", "v", "sink"), draw()[:4], strict=True)) | change
-    with pytest.raises(ValueError, match=message):
-        flash_attn_with_sink_func(**arguments)
+    arguments = dict(zip(("q", "k", "v", "sink"), draw(dtype=torch.bfloat16)[:4], strict=True))
+    flash_attn_with_sink_func(**arguments)
+    with pytest.raises(error, match=message):
+        flash_attn_with_sink_func(**arguments | change)
 
 
 @pytest.mark.parametrize("change", [{"dropout_p": 0.1}, {"alibi_slopes": torch.ones(4)}])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from typing import Any, Literal
 
 import pytest
 import torch
 
+from flash_sink_attn import dispatch
 from flash_sink_attn.dispatch import device_info
-from flash_sink_attn.testing import make_inputs
+from flash_sink_attn.hopper import support
+from flash_sink_attn.testing import AttentionInputs, check, make_inputs, truth_and_eager
 from flash_sink_attn.validity import limits_of, reject_reason
 from tests.kernel_calls import DEVICE, assert_right, run_kernels, tiles
 
@@ -207,14 +210,74 @@ def test_more_than_two_to_the_31_elements(impl: Literal["triton"] | None) -> Non
     assert (whole[-1, :-320] == 0).all()
 
 
-@needs_cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_gpu_that_is_not_the_current_one() -> None:
+def gradients_of_first_and_last_head(impl: Literal["triton"] | None, **shape: int) -> list[str]:
+    """What is wrong with them and with the output, by the error rule."""
     from flash_sink_attn import flash_sink_attn_func
 
-    x = make_inputs(seqlen_q=50, heads_q=2, heads_kv=1, head_dim=32, dtype=torch.float16, device="cuda:1")
-    here = [t.to("cuda:0") for t in (x.q, x.k, x.v, x.sinks) if t is not None]
+    x = make_inputs(**shape, dtype=torch.bfloat16, device=DEVICE)  # type: ignore[arg-type]
+    assert x.sinks is not None
+    some = [0, shape["heads_q"] - 1]
+    leaves = [t.requires_grad_() for t in (x.q, x.k, x.v, x.sinks)]
+    o, lse = flash_sink_attn_func(*leaves, 40, return_lse=True, impl=impl)
+    grads = torch.autograd.grad(o, leaves, x.do)
+    outputs = {name: t.detach()[:, :, some].clone() for name, t in zip(("o", "dq", "dk", "dv"), (o, *grads),
+                                                                       strict=False)}
+    outputs |= {"lse": lse.detach()[:, some].clone(), "dsinks": grads[3][some]}
+    del o, lse, grads
+    part = type(x)(**vars(x) | {name: getattr(x, name).detach()[:, :, some].clone() for name in ("q", "k", "v", "do")}
+                   | {"sinks": x.sinks.detach()[some]})
+    del x, leaves  # the reference needs the room
+    return [c.message for c in check(outputs, *truth_and_eager(part, window=40), torch.bfloat16).values() if not c.ok]
+
+
+@needs_cuda
+@pytest.mark.parametrize("impl", ["triton", None])
+def test_gradients_of_more_than_two_to_the_31_elements(impl: Literal["triton"] | None) -> None:
+    """Queries, keys, values and all their gradients; the last sequence lies beyond what a 32-bit offset reaches."""
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 64 << 30:
+        pytest.skip("needs 64 GB of free GPU memory")
+    shape = {"batch": 3, "seqlen_q": 3 * 8192, "heads_q": 128, "heads_kv": 128, "head_dim": 256}
+    assert math.prod(shape[name] for name in ("batch", "seqlen_q", "heads_q", "head_dim")) > 2**31
+    wrong = gradients_of_first_and_last_head(impl, **shape)
+    torch.cuda.empty_cache()  # for whoever shares the card
+    assert not wrong, "; ".join(wrong)
+
+
+def test_the_judge_of_first_and_last_head() -> None:
+    assert gradients_of_first_and_last_head(
+        "triton", batch=2, seqlen_q=45, heads_q=3, heads_kv=3, head_dim=16) == []
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("impl", ["triton", "hopper"])
+def test_a_gpu_that_is_not_the_current_one(impl: Literal["triton", "hopper"], varlen: bool) -> None:
+    """Forward and backward; the first call is done in full, the second is a replay."""
+    from flash_sink_attn import flash_sink_attn_func, flash_sink_attn_varlen_func
+
+    other = torch.device("cuda", 1)
+    if impl == "hopper" and (problem := support.device_problem(other)) is not None:
+        pytest.skip(problem)
+    lengths: dict[str, Any] = {"seqlens": [100, 0, 200]} if varlen else {"batch": 2, "seqlen_q": 300}
+
+    def results(x: AttentionInputs, device: torch.device) -> list[torch.Tensor]:
+        leaves = [t.to(device).requires_grad_() for t in (x.q, x.k, x.v, x.sinks) if t is not None]
+        options: dict[str, Any] = {"impl": impl, "deterministic": True}
+        if x.cu_seqlens_q is None:
+            o = flash_sink_attn_func(*leaves, 64, **options)
+        else:
+            o = flash_sink_attn_varlen_func(*leaves, x.cu_seqlens_q.to(device), 64, **options)
+        found = [o, *torch.autograd.grad(o, leaves, x.do.to(device))]
+        assert {t.device for t in found} == {device}
+        return found
+
+    dispatch.forget()
     assert torch.cuda.current_device() == 0
-    away = flash_sink_attn_func(x.q, x.k, x.v, x.sinks)
-    assert away.device == x.q.device
-    assert torch.equal(away.to("cuda:0"), flash_sink_attn_func(*here))
+    for seed in (1, 2):
+        x = make_inputs(heads_q=4, heads_kv=2, head_dim=64, dtype=torch.float16, device=other, seed=seed, **lengths)
+        away = results(x, other)
+        assert torch.cuda.current_device() == 0
+        for a, b in zip(away, results(x, torch.device("cuda", 0)), strict=True):
+            assert torch.equal(a.to("cuda:0"), b)

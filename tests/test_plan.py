@@ -415,3 +415,7 @@ def test_upstreams_benchmarks_are_its_own() -> None:
         ("", 4224, (), 28, 4, 128, 256, "float16"),
         ("upstream", 4212, (2271, 4212, 1152), 28, 4, 128, 177, "float16"),
     }
+    assert not any(t.rejected for t in made.first)
+    ours = Counter((t.impl, t.case.pass_, t.case.varlen) for t in made.first if not is_peer(t.impl))
+    assert all(ours["hopper", pass_, varlen] >= 5 for pass_ in ("fwd", "bwd") for varlen in ("", "upstream"))
+    assert sum(ours.values()) <= 200

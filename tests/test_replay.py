@@ -28,10 +28,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Kernel]]:
 
 
 def step(call: dict[str, Any], seed: int, requires: str = "qkvs", varlen: bool = False) -> dict[str, torch.Tensor]:
-    """One forward and backward on fresh tensors."""
+    """One forward and backward on fresh tensors; ``hooks`` in ``call``: on what the forward saves."""
     torch.manual_seed(seed)
     q, k, v, sinks = tensors(batch=2, seqlen=48)
     options = dict(call)
+    hooks = options.pop("hooks", (lambda x: x, lambda x: x))
+    if options.pop("packed", False):
+        q, k, v = torch.cat([q, k, v], 2).split([4, 2, 2], 2)
     window, lse = options.pop("window", None), options.pop("lse", False)
     if options.pop("no_sinks", False):
         sinks = None  # type: ignore[assignment]
@@ -39,11 +42,12 @@ def step(call: dict[str, Any], seed: int, requires: str = "qkvs", varlen: bool =
     if varlen:
         given |= {name: given[name].flatten(0, 1) for name in "qkv"}
     wanted = [given[name].requires_grad_() for name in requires if given[name] is not None]
-    if varlen:
-        cu = torch.tensor([0, 40, 96], dtype=torch.int32)
-        out = flash_sink_attn_varlen_func(*(given[n] for n in "qkvs"), cu, window, return_lse=lse, **options)
-    else:
-        out = flash_sink_attn_func(*(given[n] for n in "qkvs"), window, return_lse=lse, **options)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+        if varlen:
+            cu = torch.tensor([0, 40, 96], dtype=torch.int32)
+            out = flash_sink_attn_varlen_func(*(given[n] for n in "qkvs"), cu, window, return_lse=lse, **options)
+        else:
+            out = flash_sink_attn_func(*(given[n] for n in "qkvs"), window, return_lse=lse, **options)
     if wanted:
         grads = torch.autograd.grad(out, wanted, [torch.ones_like(x) for x in out] if lse else torch.ones_like(out))
         assert [g.shape for g in grads] == [x.shape for x in wanted]
@@ -108,6 +112,34 @@ def test_a_replay_launches_what_the_call_in_full_does(kernels: dict[str, Kernel]
     dispatch.forget()
     assert replayed == launches_of(kernels, step(call, 3, requires, varlen))
     assert len(replayed) == {"": 1, "s": 2}.get(requires, 3)
+
+
+DENSE = (lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x)
+ACROSS = (lambda x: x if x.dim() < 2 else x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: x)
+
+
+@pytest.mark.parametrize("order", ["kept dense kept dense", "dense kept dense kept", "kept across kept across",
+                                   "across dense across kept"])
+@pytest.mark.parametrize("config", [PLAIN, TMA], ids=["plain", "copy engine"])
+@pytest.mark.parametrize("varlen", [False, True])
+def test_hooks_may_give_back_other_strides_than_were_saved(
+    kernels: dict[str, Kernel], varlen: bool, config: TileConfig, order: str
+) -> None:
+    """Activation offloading does: what was a slice of a packed tensor comes back dense."""
+    ways: dict[str, Any] = {"kept": {}, "dense": {"hooks": DENSE}, "across": {"hooks": ACROSS}}
+    call = {"config": config, "packed": True}
+    found = [launches_of(kernels, step(call | ways[way], 1, varlen=varlen)) for way in order.split()]
+    for way, launched in zip(order.split(), found, strict=True):
+        dispatch.forget()
+        assert launched == launches_of(kernels, step(call | ways[way], 1, varlen=varlen))
+
+
+def test_a_hook_that_gives_back_something_else_is_told() -> None:
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"k: expected what was saved for the backward, torch.bfloat16 "
+                                             r"\(2, 48, 2, 64\) on cpu, got torch.float32 \(2, 48, 2, 64\)"):
+            step({"hooks": (lambda x: x, lambda x: x.float() if x.shape == (2, 48, 2, 64) else x)}, 1)
+        step({}, 1)
 
 
 def test_only_the_first_call_of_a_kind_is_done_in_full(kernels: dict[str, Kernel]) -> None:

@@ -157,6 +157,12 @@ def best_row(result_rows: list[dict[str, Any]], finals: list[dict[str, Any]], tm
         return next(csv.DictReader(f))
 
 
+def test_what_held_the_card_back_is_told_of_the_final() -> None:
+    rows = [row(FWD, config=A, ms=1.0, throttle=[]), row(FWD, config=B, ms=1.1, throttle=[])]
+    best = only(rows, record(FWD, [(A, 1.0), (B, 1.1)]) | {"throttle": ["sw_power_cap"]}).best
+    assert best is not None and best.row["throttle"] == ["sw_power_cap"]
+
+
 def test_best_csv_says_what_the_final_found(tmp_path: Any) -> None:
     rows = [row(FWD, config=A, ms=1.0, wall_ms=1.2), row(FWD, config=B, ms=1.01, wall_ms=1.1)]
     held = record(FWD, [(A, 1.0), (B, 1.02)])
