@@ -1,17 +1,23 @@
-"""What a Hopper backward takes by arithmetic: by its form, and by how many programs share a group's query heads.
+"""What the Hopper kernels take by arithmetic, where that decides more than what is near was measured to take.
 
-Tiles of keys that see many queries take long, and a card that waits for them idles: a group's heads shared by more
-programs make these shorter, but each leaves parts of dK and dV in float32 that are added up afterwards. Which form and
-how many programs are the fastest changes with every doubling of a length or of the heads, too often for a table.
+**Forward.** Persistent programs take tiles in turn. Which tile is the best changes with what its last one leaves empty
+and with how the rounds come out: :func:`rows_time`.
+
+**Backward**, by its form and by how many programs share a group's query heads: :func:`microseconds`. Tiles of keys that
+see many queries take long, and a card that waits for them idles: a group's heads shared by more programs make these
+shorter, but each leaves parts of dK and dV in float32 that are added up afterwards. Which form and how many programs are
+the fastest changes with every doubling of a length or of the heads, too often for a table.
 
 The constants are fitted to 684 times of 131 shapes with six groups on an H200 (2026-11-28, driver 580.159.04, Triton
 3.6.0): 512 to 8192 tokens, head dims 64, 96 and 128, without a window and with windows of 128 and 256. The error is 2
 to 4% in the median and 6 (head dim 64) to 13% at the ninth decile. The fastest kind of a shape by these formulas took
-1.011 of the time of the fastest measured in the mean, more than 1.05 in 11 of 123 shapes, and 1.18 at worst.
+1.011 of the time of the fastest measured in the mean, more than 1.05 in 11 of 123 shapes, and 1.18 at worst. In 47
+shapes that were measured afterwards (groups of 5 to 12, 1050 to 12000 tokens) it was 1.005 and 1.11.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from flash_sink_attn.config import HopperBwdForm
@@ -73,6 +79,35 @@ _SLIDE_STEP, _SLIDE_LAUNCHES = 2.4, 20.0
 # How much longer adding in one order takes: up to 2048 tokens, and half as much more with twice as many.
 _ORDER = {64: (1.05, 0.08), 128: (1.06, 0.17)}
 _SECTION_FILLS = 0.9  # of the multiprocessors, see _rounds
+
+
+# What a tile of a forward costs besides the keys it multiplies, in keys; anything from 100 to 200 does.
+_TILE_KEYS = 128
+_FEW_TILES = 12 * PROGRAMS_AT_ONCE  # with more of them the rounds come out even
+
+
+@functools.lru_cache(4096)
+def rows_time(key: ShapeKey, block_m: int, block_n: int) -> float:
+    """Time of a forward by persistent programs, one for each multiprocessor, in pairs of a query and a key.
+
+    The longest program's, where there are few tiles. In 50 shapes of head dim 64 without a window, on an H200
+    (2026-11-28, 1024 to 16384 tokens, 12 to 64 heads), the better of 256 x 64 and 192 x 128 by this took 1.001 of the
+    time of the better one in the mean and 1.016 at worst.
+    """
+    tiles, heads = -(-key.seqlen_q // block_m), key.batch * key.heads_q
+    pairs = []  # of each tile of a head, the longest first, as programs take them
+    for tile in reversed(range(tiles)):
+        end = min(key.seqlen_k, max(0, (tile + 1) * block_m + key.seqlen_k - key.seqlen_q))
+        before = 0 if key.window is None else max(0, tile * block_m + key.seqlen_k - key.seqlen_q - key.window + 1)
+        pairs.append((-(-end // block_n) * block_n - before // block_n * block_n + _TILE_KEYS) * block_m)
+    if tiles * heads > _FEW_TILES:
+        return sum(pairs) * heads / PROGRAMS_AT_ONCE
+    programs = [0] * PROGRAMS_AT_ONCE
+    for number in range(tiles * heads):
+        turn, at = divmod(number, PROGRAMS_AT_ONCE)
+        # as tile_of_round: forwards in one round, backwards in the next
+        programs[PROGRAMS_AT_ONCE - 1 - at if turn % 2 else at] += pairs[number // heads]
+    return float(max(programs))
 
 
 def microseconds(key: ShapeKey, kind: Kind, ordered: bool = False) -> float:

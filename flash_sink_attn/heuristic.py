@@ -21,10 +21,10 @@ from flash_sink_attn.regimes import (
     fits_ring,
     idles,
     loads_itself,
-    many_keys,
     packs_alone,
     short_window,
     small_dims,
+    tiles_of_192,
     wants_more_at_once,
 )
 from flash_sink_attn.tuned_table import ShapeKey
@@ -41,8 +41,8 @@ PREFER_HOPPER: frozenset[tuple[Pass, int, int, bool]] = frozenset(
 # Tried in order until the validity rule accepts one.
 _HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1), HopperFwdConfig(128, 64, SHARE_Q=True),
                HopperFwdConfig(128, 64), HopperFwdConfig(64, 64))
-_HOPPER_FWD_SMALL_DIM = (HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1),)
-_HOPPER_FWD_SMALL_DIM_FEW_KEYS = (HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1),)
+_HOPPER_FWD_192 = (HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1),)
+_HOPPER_FWD_256 = (HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1),)
 _HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2),
                       HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2))
 _HOPPER_FWD_ALONE = (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False),)
@@ -168,7 +168,7 @@ def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
             special = tuple(dataclasses.replace(c, HEADS=min(c.HEADS, 1)) if c.PACK_HEADS else c for c in special)
         special = tuple(c for c in special if not idles(c, key) and (not c.HEADS or fits_ring(c, key.window)))
     else:
-        special = () if not small else _HOPPER_FWD_SMALL_DIM if many_keys(key) else _HOPPER_FWD_SMALL_DIM_FEW_KEYS
+        special = () if not small else _HOPPER_FWD_192 if tiles_of_192(key) else _HOPPER_FWD_256
     return (*special, *_HOPPER_FWD)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 
 from flash_sink_attn.config import HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperBwdForm, HopperFwdConfig, TileConfig
-from flash_sink_attn.estimate import PROGRAMS_AT_ONCE, Kind, group_of, microseconds
+from flash_sink_attn.estimate import PROGRAMS_AT_ONCE, Kind, group_of, microseconds, rows_time
 from flash_sink_attn.tuned_table import Entry, ShapeKey
 
 # Adding dq up outside costs a launch more and a pass over it in float32, two more products per pair of tiles cost by
@@ -27,13 +27,15 @@ _SHARED_WINDOW = 1400
 _NEAR = 1.03
 # Or, where the estimate is at odds with what was measured there, by at most so much: as far as it is here.
 _AT_ODDS = 1.08
+_MOST_SHARES = 16
+# Forward tiles at head dims up to 64 between which the estimate decides, and from what on: what it cannot tell apart,
+# measurements of a near shape do.
+_LARGE_TILES = ((192, 128), (256, 64))
+_LARGE_NEAR = 1.01
 # From here on most blocks of keys need no mask, and large tiles read them less often.
 SHORT_WINDOW = 1024
 _SHORT_SEQUENCE = 2048  # see few_tiles
 _FEW_KEYS = 2304  # in a sequence, see loads_itself
-# Keys that a query sees in the mean: up to here 256 x 64 was the fastest forward tile at head dim 64 in all six shapes
-# of a run, by 3 to 11%; with more 192 x 128 was, but for one of five.
-_MANY_KEYS = 2048
 # 64-row tiles of the portable forward at head dim 64, without a window, between which more programs at once are worth
 # more than the first operand in registers, of which three run on a multiprocessor and without it five. With 432, 504,
 # 576 and 672 tiles that took 0.97, 0.95, 0.95 and 0.92 of the time, with 288 and 336 1.03 and 1.02, with 864 1.11.
@@ -51,9 +53,17 @@ def short_window(key: ShapeKey) -> bool:
     return key.window is not None and key.window < SHORT_WINDOW
 
 
-def many_keys(key: ShapeKey) -> bool:
-    """Whether a query sees more than _MANY_KEYS keys in the mean."""
-    return min(key.window or key.seqlen_k, (key.seqlen_k + 1) // 2) > _MANY_KEYS
+def tiles_of_192(key: ShapeKey) -> bool:
+    """Whether a forward at head dims up to 64, with no window or a long one, is faster with tiles of 192 x 128 than
+    with 256 x 64."""
+    return rows_time(key, 192, 128) < rows_time(key, 256, 64)
+
+
+def packs(key: ShapeKey) -> bool:
+    """Whether a tile of a forward under a short window can hold several heads of a group."""
+    group, window = group_of(key), key.window
+    return small_dims(key) and window is not None and (
+        group % 8 == 0 and window <= 257 or group % 4 == 0 and window <= 129)
 
 
 def fits_ring(config: HopperFwdConfig, window: int | None) -> bool:
@@ -155,10 +165,8 @@ def kinds(key: ShapeKey, deterministic: bool = False) -> tuple[Kind, ...]:
 
 @functools.cache
 def _shares(group: int) -> tuple[int, ...]:
-    """Into how many shares of its query heads a group is worth dividing: those that are equal, and powers of two of
-    which none is empty."""
-    return tuple(n for n in range(1, group + 1)
-                 if group % n == 0 or n & (n - 1) == 0 and -(-group // -(-group // n)) == n)
+    """Into how many shares of its query heads a group can be divided so that none is empty."""
+    return tuple(n for n in range(1, min(group, _MOST_SHARES) + 1) if -(-group // -(-group // n)) == n)
 
 
 @functools.lru_cache(4096)
@@ -214,9 +222,13 @@ def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
             return False
         if loads_itself(measured) != loads_itself(key):
             return False
-        same = short_window(measured) == short_window(key)
-        # short windows see few keys, whatever the sequence
-        return same and (short_window(key) or not small_dims(key) or many_keys(measured) == many_keys(key))
+        if short_window(key) or short_window(measured):
+            same = short_window(measured) == short_window(key)
+            return same and (config.PACK_HEADS > 0 or packs(measured) == packs(key))
+        if not small_dims(key) or (config.BLOCK_M, config.BLOCK_N) not in _LARGE_TILES:
+            return True
+        best = min(rows_time(key, *tile) for tile in _LARGE_TILES)
+        return rows_time(key, config.BLOCK_M, config.BLOCK_N) <= _LARGE_NEAR * best
     return _lends_backward(config, measured, key, deterministic)
 
 

@@ -29,6 +29,7 @@ from sweeps.select import select
 from sweeps.specfile import SpecError, parse_spec
 from sweeps.store import read_finals
 from sweeps.supervisor import Supervisor
+from tests.kernel_calls import DEVICE
 from tests.placing_worker import Timer
 from tests.synthetic import GPU, case, row, tile
 from tests.test_finals import QUICK, Simulated, calls
@@ -82,7 +83,7 @@ def test_a_result_lies_as_far_into_its_memory_as_the_input_it_is_beside() -> Non
 
 
 def test_our_calls_compute_the_same_on_every_placement_into_memory_of_their_own() -> None:
-    inputs = gate_inputs(CASE, "cpu")
+    inputs = gate_inputs(CASE, DEVICE)
     for pass_ in ("fwd", "bwd"):
         the_case = dataclasses.replace(CASE, pass_=pass_)
         first, second = (TRITON.prepare(the_case, {}, x) for x in (inputs, moved(inputs, 3)))

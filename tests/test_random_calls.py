@@ -84,10 +84,11 @@ def compile(src, target, options, **_):
     found.add(src.name + " " + get_cache_key(src, backend, options, get_cache_invalidating_env_vars()))
     return SimpleNamespace(src=src, metadata=None)
 
-def launch(kernel, programs, device, runtime, constants, *, num_warps, num_stages=None, maxnreg=None, check=None):
+def launch(kernel, programs, device, runtime, constants, *, num_warps, num_stages=None, maxnreg=None, check=None,
+           dependent=False):
     launcher.settle_key(kernel)
-    return launcher._launch_new(kernel, programs, runtime, constants, launcher._options(num_warps, num_stages, maxnreg),
-                                None, None, warm_up_only=True)
+    options = launcher._options(num_warps, num_stages, maxnreg, dependent)
+    return launcher._launch_new(kernel, programs, runtime, constants, options, None, None, warm_up_only=True)
 
 triton.compiler.compile = compile
 triton.runtime.driver.set_active(compile_only._AbsentGpu(90))

@@ -76,7 +76,12 @@ def entry(config: Any, measured: ShapeKey) -> Entry:
     (FOUR, tokens(WIDE, 2048, heads_q=28, heads_kv=4), tokens(WIDE, 2048, heads_q=20, heads_kv=4), False),
     (PACKED, WINDOW, WINDOW._replace(window=129), True), (PACKED, WINDOW, WINDOW._replace(window=130), False),
     (PACKED, WINDOW, tokens(WINDOW, 1024), False),                          # all programs at once
-    (LARGE, tokens(CAUSAL, 8192), tokens(CAUSAL, 5000), True), (LARGE, tokens(CAUSAL, 8192), CAUSAL, False),
+    # 5150 rows are 26.8 tiles of 192 and 20.1 of 256
+    (LARGE, tokens(CAUSAL, 8192), tokens(CAUSAL, 5150), True), (LARGE, tokens(CAUSAL, 8192), CAUSAL, False),
+    (HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1), tokens(CAUSAL, 8192), tokens(CAUSAL, 5150), False),
+    # heads in fours where a group of eight was measured without
+    (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, maxnreg=80), WINDOW._replace(window=500), WINDOW, False),
+    (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, maxnreg=80), WINDOW, WINDOW._replace(window=100), True),
     (LARGE, tokens(WIDE, 8192), WIDE, True),
     (HopperFwdConfig(64, 64), WIDE._replace(window=512), WIDE._replace(window=1024), False),
 ])
@@ -165,7 +170,8 @@ def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("kernel", "key", "wanted"), [
-    ("hopper_fwd", tokens(CAUSAL, 8192), LARGE),
+    ("hopper_fwd", tokens(CAUSAL, 8192), HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1)),
+    ("hopper_fwd", tokens(CAUSAL, 5150), LARGE), ("hopper_fwd", tokens(CAUSAL, 3450, heads_q=28, heads_kv=28), LARGE),
     ("hopper_fwd", CAUSAL, HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1)),
     ("hopper_fwd", WINDOW._replace(window=2048), HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1)),
     ("hopper_fwd", WINDOW, PACKED),
