@@ -8,6 +8,7 @@ later ones multiply with P in place of Q. Such a kernel runs, is as fast as a so
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable
 
@@ -33,7 +34,7 @@ class Instruction:
     opcode: str
     operands: str
 
-    @property
+    @functools.cached_property
     def writes(self) -> range:
         """The numbers of the general registers it writes; an upper bound where their count is not in the opcode."""
         if self.opcode.startswith(_NO_RESULT):
@@ -53,13 +54,13 @@ class Instruction:
             width = 2
         return range(first, first + width)
 
-    @property
+    @functools.cached_property
     def a_operand(self) -> range:
         """Of a tensor-core instruction that takes its first operand from registers: their numbers."""
         found = re.match(r"R\d+,\s*R(\d+)\b", self.operands) if self.opcode.startswith(_TENSOR) else None
         return range(int(found[1]), int(found[1]) + _A_REGISTERS) if found else range(0)
 
-    @property
+    @functools.cached_property
     def target(self) -> int | None:
         """Where a branch goes."""
         found = re.search(r"\b0x([0-9a-f]+)\s*$", self.operands) if self.opcode.startswith(("BRA", "JMP")) else None

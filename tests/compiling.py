@@ -53,7 +53,7 @@ def built_in_halves(code: str, cases: Mapping[str, Any], cache: Path) -> dict[st
         half.stdin = None
     found: dict[str, Any] = {}
     for half in halves:
-        out, error = half.communicate(timeout=400)
+        out, error = half.communicate(timeout=900)
         assert half.returncode == 0, error[-2000:]
         found |= dict(json.loads(line) for line in out.splitlines())
     return found

@@ -34,9 +34,9 @@ def test_every_tile_is_found_once(batch: int, rows_per_token: int) -> None:
     expected += [(batch, -1)] * 3  # some programs have no tile
     programs = list(range(len(expected)))
     if DEVICE != "cuda" and len(expected) > 200:
-        # the interpreter runs one after the other: all where a chunk or its first or last warp begins or ends
-        programs = [n for n in programs if expected[n][0] % 128 in (127, 0, 31, 32, 95, 96) or n < 8
-                    or n > len(expected) - 8 or draw.random() < 0.03]
+        # the interpreter, which has no warps, runs one after the other: all where a chunk begins or ends
+        programs = [n for n in programs if expected[n][0] % 128 in (127, 0) or n < 8
+                    or n > len(expected) - 8 or draw.random() < 0.01]
     out = torch.full((len(programs), 2), -7, dtype=torch.int32, device=DEVICE)
     _find_kernel[(len(programs),)](out, torch.tensor(programs, dtype=torch.int32, device=DEVICE), cu_seqlens, batch,
                                    sum(lengths), rows_per_token, BLOCK)
