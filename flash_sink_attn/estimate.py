@@ -5,8 +5,8 @@ and with how the rounds come out: :func:`rows_time`.
 
 **Backward**, by its form and by how many programs share a group's query heads: :func:`microseconds`. Tiles of keys that
 see many queries take long, and a card that waits for them idles: a group's heads shared by more programs make these
-shorter, but each leaves parts of dK and dV in float32 that are added up afterwards. Which form and how many programs are
-the fastest changes with every doubling of a length or of the heads, too often for a table.
+shorter, but each leaves parts of dK and dV in float32 that are added up afterwards. Which form and how many programs
+are the fastest changes with every doubling of a length or of the heads, too often for a table.
 
 The constants are fitted to 684 times of 131 shapes with six groups on an H200 (2026-11-28, driver 580.159.04, Triton
 3.6.0): 512 to 8192 tokens, head dims 64, 96 and 128, without a window and with windows of 128 and 256. The error is 2

@@ -51,17 +51,17 @@ def forward_rows(seqlen: int, **ms: float) -> list[dict]:
 
 
 def test_the_implementation_is_judged_with_its_configuration(tmp_path: Path) -> None:
-    run = synthetic.write_run(tmp_path / "run", [*forward_rows(3500, a=0.9, b=0.6, h=0.7), *forward_rows(
+    run = synthetic.write_run(tmp_path / "run", [*forward_rows(3580, a=0.9, b=0.6, h=0.7), *forward_rows(
         4096, a=0.5, h=0.4)])
     entries = [entry("fwd", TileConfig(**A), 0.5), entry("hopper_fwd", HopperFwdConfig(**H), 0.4)]
     found = {p.case.seqlen_q: p for p in heldout(run, table_file(tmp_path / "h100.json", entries))}
-    assert found[3500].chosen.startswith("hopper 256x64") and found[3500].rung == "nearest"
-    assert found[3500].regret == pytest.approx(0.7 / 0.6)         # of both implementations', not of the Hopper rows'
-    assert (found[3500].best_impl, found[3500].measured) == ("triton", 3)
+    assert found[3580].chosen.startswith("hopper 256x64") and found[3580].rung == "nearest"
+    assert found[3580].regret == pytest.approx(0.7 / 0.6)         # of both implementations', not of the Hopper rows'
+    assert (found[3580].best_impl, found[3580].measured) == ("triton", 3)
     assert (found[4096].rung, found[4096].regret) == ("exact", 1.0)
     # the other way round the portable kernels are chosen, and the slow one of them is what the table leads to
     entries[0] = entry("fwd", TileConfig(**A), 0.3)
-    (pick,) = (p for p in heldout(run, table_file(tmp_path / "h100.json", entries)) if p.case.seqlen_q == 3500)
+    (pick,) = (p for p in heldout(run, table_file(tmp_path / "h100.json", entries)) if p.case.seqlen_q == 3580)
     assert pick.selection.impl == "triton" and pick.regret == pytest.approx(1.5)
 
 
@@ -82,8 +82,8 @@ def test_a_backward_of_two_kernels_is_looked_up_as_the_pair(tmp_path: Path) -> N
 
 
 def test_the_report(tmp_path: Path) -> None:
-    run = synthetic.write_run(tmp_path / "run", [*forward_rows(3500, b=0.6, h=0.9), *forward_rows(4096, a=0.5, h=0.4),
-                                                 *forward_rows(3400, b=0.6)])
+    run = synthetic.write_run(tmp_path / "run", [*forward_rows(3580, b=0.6, h=0.9), *forward_rows(4096, a=0.5, h=0.4),
+                                                 *forward_rows(3300, b=0.6)])
     table = table_file(tmp_path / "h100.json", [
         entry("fwd", TileConfig(**A), 0.5), entry("hopper_fwd", HopperFwdConfig(**H), 0.4)])
     text = heldout_report(run, table)
@@ -91,12 +91,12 @@ def test_the_report(tmp_path: Path) -> None:
     assert "| fwd | 3 | 2 nearest, 1 exact | 1.250 | 1.250 | 1.500 | 1 | 1 | 1 |" in text
     assert "The other implementation had the best in 2 cases" in text
     listed = {r["case"]: r for r in csv.DictReader((run / "heldout.csv").open())}
-    worst = listed[case("gpt-oss", "fwd", 3500).id]
+    worst = listed[case("gpt-oss", "fwd", 3580).id]
     assert (worst["impl"], worst["best_impl"], worst["entry"]) == ("hopper", "triton", "the-case-4096")
     assert float(worst["regret"]) == pytest.approx(1.5)
     lines = [x for x in (run / "heldout.md").read_text().splitlines() if x.startswith("| fwd-")]
-    assert "q3400" in lines[0] and "not measured" in lines[0]           # then the costliest first
-    assert "q3500" in lines[1] and "1.500" in lines[1]
+    assert "q3300" in lines[0] and "not measured" in lines[0]           # then the costliest first
+    assert "q3580" in lines[1] and "1.500" in lines[1]
     assert str(tmp_path) not in (run / "heldout.md").read_text() + (run / "heldout.csv").read_text()
     lent = heldout(run, table_file(tmp_path / "h800.json", [entry("fwd", TileConfig(**A), 0.5)], "h800"))
     assert {p.rung for p in lent} == {"other card"}
@@ -110,19 +110,19 @@ def test_the_report(tmp_path: Path) -> None:
 def test_leave_one_out_takes_the_shape_out_of_the_table(tmp_path: Path) -> None:
     table = table_file(tmp_path / "h100.json", [
         entry("fwd", TileConfig(**B), 0.1), entry("hopper_fwd", HopperFwdConfig(**H), 0.2),
-        entry("fwd", TileConfig(**A), 0.1, 3500), entry("hopper_fwd", HopperFwdConfig(**H), 0.2, 3500)])
+        entry("fwd", TileConfig(**A), 0.1, 3580), entry("hopper_fwd", HopperFwdConfig(**H), 0.2, 3580)])
     run = synthetic.write_run(tmp_path / "run", forward_rows(4096, a=0.6, b=0.4))
     (own,), (without,) = heldout(run, table), leave_one_out([run], table)
     assert (own.rung, own.regret) == ("exact", 1.0)
     assert without.rung == "nearest" and without.regret == pytest.approx(1.5)
     (decision,) = without.selection.decisions
-    assert decision.entry is not None and decision.entry.case == "the-case-3500"
+    assert decision.entry is not None and decision.entry.case == "the-case-3580"
 
 
 def test_leave_one_out_of_several_runs_takes_the_newest_time(tmp_path: Path) -> None:
     table = table_file(tmp_path / "h100.json", [entry("fwd", TileConfig(**A), 0.1)])
-    old = synthetic.write_run(tmp_path / "old", forward_rows(3500, a=0.9, b=0.3))
-    new = synthetic.write_run(tmp_path / "new", forward_rows(3500, a=0.8), env=synthetic.ENV | {
+    old = synthetic.write_run(tmp_path / "old", forward_rows(3580, a=0.9, b=0.3))
+    new = synthetic.write_run(tmp_path / "new", forward_rows(3580, a=0.8), env=synthetic.ENV | {
         "started": "2026-02-02T00:00:00+00:00"})
     for runs in ([old, new], [new, old]):
         (pick,) = leave_one_out(runs, table)
@@ -133,11 +133,11 @@ def test_leave_one_out_of_several_runs_takes_the_newest_time(tmp_path: Path) -> 
     several = CliRunner().invoke(sweeps.cli.app, ["heldout", str(old), str(new)])
     assert several.exit_code == 1 and "--leave-one-out for several" in several.output
     elsewhere = synthetic.ENV | {"gpu": "NVIDIA H20"}
-    other = synthetic.write_run(tmp_path / "other", forward_rows(3500, a=0.8), env=elsewhere)
+    other = synthetic.write_run(tmp_path / "other", forward_rows(3580, a=0.8), env=elsewhere)
     with pytest.raises(ValueError, match="expected runs on one card"):
         leave_one_out([old, other], table)
     otherwise = synthetic.ENV | {"timing_mode": "another"}
-    timed = synthetic.write_run(tmp_path / "timed", forward_rows(3500, a=0.8), env=otherwise)
+    timed = synthetic.write_run(tmp_path / "timed", forward_rows(3580, a=0.8), env=otherwise)
     with pytest.raises(ValueError, match="one timing mode, got another, cold-l2-spin-1"):
         leave_one_out([old, timed], table)
 
@@ -145,8 +145,8 @@ def test_leave_one_out_of_several_runs_takes_the_newest_time(tmp_path: Path) -> 
 def test_the_default_row_is_what_the_ladder_chooses(tmp_path: Path) -> None:
     table = {"table": str(table_file(tmp_path / "h100.json", [
         entry("fwd", TileConfig(**A), 0.1), entry("hopper_fwd", HopperFwdConfig(**OTHER), 0.2)]))}
-    assert make(table).default_config(case("gpt-oss", "fwd", 3500), 90) == TileConfig(**A).to_dict()
-    assert make_hopper(table).default_config(case("gpt-oss", "fwd", 3500), 90) == OTHER
+    assert make(table).default_config(case("gpt-oss", "fwd", 3580), 90) == TileConfig(**A).to_dict()
+    assert make_hopper(table).default_config(case("gpt-oss", "fwd", 3580), 90) == OTHER
     c = case("gpt-oss", "bwd", 5000)
     assert make(table).default_config(c, 90) == {
         k: heuristic(k, shape_key(c), limits_of(90)).to_dict() for k in ("bwd_dq", "bwd_dkdv")}
