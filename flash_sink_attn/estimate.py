@@ -9,15 +9,17 @@ shorter, but each leaves parts of dK and dV in float32 that are added up afterwa
 are the fastest changes with every doubling of a length or of the heads, too often for a table.
 
 The constants are fitted to 684 times of 131 shapes with six groups on an H200 (2026-11-28, driver 580.159.04, Triton
-3.6.0): 512 to 8192 tokens, head dims 64, 96 and 128, without a window and with windows of 128 and 256. The error is 2
-to 4% in the median and 6 (head dim 64) to 13% at the ninth decile. The fastest kind of a shape by these formulas took
-1.011 of the time of the fastest measured in the mean, more than 1.05 in 11 of 123 shapes, and 1.18 at worst. In 47
-shapes that were measured afterwards (groups of 5 to 12, 1050 to 12000 tokens) it was 1.005 and 1.11.
+3.6.0): 512 to 8192 tokens, head dims 64, 96 and 128, without a window and with windows of 128 and 256. With 83 shapes
+measured afterwards (groups of 5 to 16, 512 to 16384 tokens, windows up to 480), which changed how rounds under a window
+are counted and no constant, the error is 3 to 4% in the median and 10% at the ninth decile; the fastest kind of a shape
+by these formulas takes 1.008 of the time of the fastest measured in the mean, more than 1.05 in 13 of 214 shapes, and
+1.18 at worst.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 from flash_sink_attn.config import HopperBwdForm
@@ -59,6 +61,7 @@ class _Recomputing(NamedTuple):
         crowded: by what share ``alone`` is longer where two programs have a multiprocessor.
         begin: blocks that a head of a tile costs besides those it multiplies.
         part, launches: as above.
+        at_once: programs that share a multiprocessor.
     """
 
     block: float
@@ -67,12 +70,14 @@ class _Recomputing(NamedTuple):
     begin: float
     part: float
     launches: float
+    at_once: int
 
 
 # By the width of a tile, see hopper_bwd_width.
 _ADDING = {64: _Adding(1.06, 6.8, 6.2, 7.6), 128: _Adding(1.89, 6.4, 7.1, 8.3)}
-_RECOMPUTING = {64: _Recomputing(0.81, 1.08, 0.38, 2.3, 4.4, 10.5),
-                128: _Recomputing(1.305, 1.44, 0.52, 1.6, 5.2, 13.3)}
+_RECOMPUTING = {64: _Recomputing(0.81, 1.08, 0.38, 2.3, 4.4, 10.5, 3),
+                128: _Recomputing(1.305, 1.44, 0.52, 1.6, 5.2, 13.3, 2)}
+_EVEN_ROUNDS = 3  # with more of them programs no longer end together
 # One kernel whose programs slide over tiles of 64 tokens, for each head of a group; from 1024 to 16384 tokens, 64/8
 # heads, a window of 128.
 _SLIDE_STEP, _SLIDE_LAUNCHES = 2.4, 20.0
@@ -160,14 +165,20 @@ def _rounds(key: ShapeKey, shares: int) -> float:
 
 
 def _recomputing(key: ShapeKey, shares: int) -> float:
-    """Either the card is full all the time, or it waits for the longest programs."""
+    """Either the card is full all the time, or it waits for the longest programs: those of a causal mask that start
+    first, or under a window, where all are as long, the last round of them."""
     cost, heads = _RECOMPUTING[hopper_bwd_width(key.head_dim)], -(-group_of(key) // shares)
     tiles = max(1, -(-key.seqlen_q // 64))
     seen = tiles if key.window is None else min(tiles, -(-(key.window + 63) // 64))  # blocks of the longest
     blocks = seen * (seen + 1) / 2 + (tiles - seen) * seen
     full = key.batch * key.heads_q * (blocks + cost.begin * tiles) / PROGRAMS_AT_ONCE * cost.block
-    crowd = min(1.0, max(0.0, tiles * _units(key) * shares / PROGRAMS_AT_ONCE - 1))
-    longest = (seen + cost.begin) * heads * cost.alone * (1 + cost.crowded * crowd)
+    programs = tiles * _units(key) * shares / PROGRAMS_AT_ONCE
+    if seen < tiles:
+        rounds = programs / cost.at_once
+        crowd, rounds = float(programs > 1), rounds if rounds > _EVEN_ROUNDS else float(math.ceil(rounds))
+    else:
+        crowd, rounds = min(1.0, max(0.0, programs - 1)), 1.0
+    longest = (seen + cost.begin) * heads * cost.alone * (1 + cost.crowded * crowd) * rounds
     parts = cost.part * _millions(key, key.heads_kv) * shares if shares > 1 else 0.0
     return cost.launches + max(full, longest) + parts
 
