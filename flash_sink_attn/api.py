@@ -50,7 +50,8 @@ def flash_sink_attn_func(
             infinity for a head without one; None for plain attention.
         window: how many keys a query sees, its own included; None for all before it. Or a
             :class:`SlidingCacheManager`, whose window, keys and values are then the ones used.
-        disable_bf16_atomic_add: accepted for callers of the original interface; there are no atomics to disable.
+        disable_bf16_atomic_add: accepted for callers of the original interface, without effect: nothing is added up in
+            half precision here.
         softmax_scale: default head_dim ** -0.5.
         return_lse: also return lse.
         config: tile sizes: an :class:`AttnConfig`, a mapping of kernel name to fields, or one :class:`TileConfig` for
