@@ -33,8 +33,8 @@ READING = (
     "A configuration reads BLOCK_M x BLOCK_N, w = num_warps, s = num_stages, pack = PACK_GQA, oneloop = SPLIT_LOOPS "
     "off, r = maxnreg, tma = TMA, rega = REGISTER_A; of the Hopper kernels q = Q_STAGES, h = HEADS, shareq = SHARE_Q, "
     "p = PROGRAMS_PER_SM, pack with a number = PACK_HEADS, alone = LOADER off, form = FORM, b = BUFFERS, split = "
-    "SPLIT_GROUP, det = DETERMINISTIC. A portable backward has two kernels, dq and dkdv, tuned alone and then timed as a "
-    "pair.",
+    "SPLIT_GROUP, det = DETERMINISTIC. A portable backward has two kernels, dq and dkdv, tuned alone and then timed as "
+    "a pair.",
     "Everything is in results.csv (a row per trial) and best.csv (a row per case).",
 )
 
