@@ -81,11 +81,9 @@ _EVEN_ROUNDS = 3  # with more of them programs no longer end together
 # One kernel whose programs slide over tiles of 64 tokens, for each head of a group; from 1024 to 16384 tokens, 64/8
 # heads, a window of 128.
 _SLIDE_STEP, _SLIDE_LAUNCHES = 2.4, 20.0
-# How much longer adding in one order takes: up to 2048 tokens, and half as much more with twice as many.
+# Adding in one order takes the sum of the two times as long with up to 2048 tokens; the second shrinks with more.
 _ORDER = {64: (1.05, 0.08), 128: (1.06, 0.17)}
 _SECTION_FILLS = 0.9  # of the multiprocessors, see _rounds
-
-
 # What a tile of a forward costs besides the keys it multiplies, in keys; anything from 100 to 200 does.
 _TILE_KEYS = 128
 _FEW_TILES = 12 * PROGRAMS_AT_ONCE  # with more of them the rounds come out even

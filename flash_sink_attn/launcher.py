@@ -61,10 +61,10 @@ def launch(
     Raises:
         MiscompiledError: ``check`` said so, now or in an earlier launch.
     """
-    options = _options(num_warps, num_stages, maxnreg, dependent)
+    compile_options = (num_warps, num_stages, maxnreg, dependent)
     settle_key(kernel)  # before anything looks it up: its hash is that key
     if device.type != "cuda":
-        return _launch_new(kernel, programs, runtime, constants, options, check, None,
+        return _launch_new(kernel, programs, runtime, constants, _options(*compile_options), check, None,
                            warm_up_only=device.type == "meta")
     kinds: list[Any] = []
     plain, specialised = programs > 0, _specialised(kernel)
@@ -80,7 +80,7 @@ def launch(
             kinds.append(None)
         elif is_descriptor(x):
             kinds += (x.base.dtype, *x.block_shape, getattr(x, "layout", None))
-    key = (kernel, device.index, num_warps, num_stages, maxnreg, dependent, *kinds, *constants.values())
+    key = (kernel, device.index, *compile_options, *kinds, *constants.values())
     # Triton launches on the current device
     away = device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if away else contextlib.nullcontext():
@@ -91,7 +91,7 @@ def launch(
             compiled[programs, 1, 1](*runtime, *constants.values())
             _note(compiled, programs, runtime, constants)
             return compiled
-        return _launch_new(kernel, programs, runtime, constants, options, check,
+        return _launch_new(kernel, programs, runtime, constants, _options(*compile_options), check,
                            key if plain else None)
 
 
