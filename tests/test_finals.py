@@ -16,9 +16,10 @@ import torch
 from sweeps import finals, paired
 from sweeps.energy import Energy
 from sweeps.finals import Final, FinalSampling, final_sampling, finals_round, time_finalists
-from sweeps.measure import CpuTimer, DeviceTimer
+from sweeps.measure import CpuTimer, DeviceTimer, relative_half_width
 from sweeps.paired import MIN_PAIRS, Ratio, ratio, standing
 from sweeps.plan import Plan, Trial, make_plan
+from sweeps.sampling import Sampling
 from sweeps.sensors import Reading
 from sweeps.specfile import parse_spec
 from tests.synthetic import case, row, tile
@@ -82,6 +83,28 @@ def test_a_clear_winner_is_found_and_the_slow_drop_out() -> None:
     own = timing.standing.ratios[0]
     assert own.low < 1.02 < own.high and own.low > 1 and timing.standing.ratios[1] == Ratio(1.0, 1.0, 1.0)
     assert len(timing.samples_ms[2]) == MIN_PAIRS <= len(timing.samples_ms[1])
+
+
+def test_a_winner_is_sampled_until_its_own_time_is_known() -> None:
+    for seed in range(20):
+        timing = time_finalists(Simulated(noise=0.03, seed=seed), calls(0.1, 0.2), QUICK, seed)
+        assert timing.stop_reason == "winner" and len(timing.samples_ms[1]) == MIN_PAIRS
+        half_width = relative_half_width(timing.samples_ms[0])
+        assert half_width is not None and half_width <= Sampling.precision
+        assert len(timing.samples_ms[0]) == len(timing.block_placements) > MIN_PAIRS
+        assert statistics.median(timing.samples_ms[0]) == pytest.approx(0.1, rel=0.02)
+        assert timing.standing.ratios[1].ratio == pytest.approx(2, rel=0.1)
+    short = dataclasses.replace(QUICK, max_blocks=20)
+    assert len(time_finalists(Simulated(noise=0.2), calls(0.1, 0.9), short, 0).samples_ms[0]) == 20
+    assert len(time_finalists(Simulated(noise=0.0), calls(0.1, 0.9), QUICK, 0).samples_ms[0]) == MIN_PAIRS
+
+
+def test_a_host_that_comes_late_ends_the_winners_samples_and_keeps_the_contest() -> None:
+    timer = Simulated(noise=0.2)
+    timer.late = [False] * 2 * MIN_PAIRS + [True] * 1000
+    timing = time_finalists(timer, calls(0.1, 0.9), QUICK, 0)
+    assert timing.stop_reason == "winner" and timing.mode == "spin"
+    assert [len(own) for own in timing.samples_ms] == [MIN_PAIRS, MIN_PAIRS]
 
 
 def test_candidates_that_are_as_good_as_each_other_are_declared_tied() -> None:
