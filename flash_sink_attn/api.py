@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from flash_sink_attn import _checks
@@ -158,7 +159,17 @@ def _apply(
                                                  options.encode())
     call = call_for(*given)
     cu_q, cu_k = place(q, k, cu_q, cu_k)
+    if _nobody_differentiates(q, k, v, sinks):
+        return call.forward(q, k, v, sinks, cu_q, cu_k)
     return _SinkAttention.apply(q, k, v, sinks, cu_q, cu_k, call)
+
+
+def _nobody_differentiates(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd has nothing to note, nor anybody who would hear from it that this function has no such
+    derivative: forward mode and torch.func's transforms."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return False
+    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
 
 class _SinkAttention(torch.autograd.Function):

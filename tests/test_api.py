@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from flash_sink_attn import (
@@ -179,6 +180,30 @@ def test_nothing_to_do() -> None:
     o = flash_sink_attn_func(q, k, v, sinks)
     assert (o == 0).all()
     assert all((g == 0).all() for g in torch.autograd.grad(o, [q, k, v, sinks], x.do))
+
+
+def test_without_gradients_the_outputs_are_the_same_bits_and_no_graph_is_kept() -> None:
+    x = make_inputs(seqlen_q=70, heads_q=4, heads_kv=2, head_dim=32, dtype=torch.float16, device=DEVICE)
+    leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
+    noted = flash_sink_attn_func(*leaves, x.sinks, 40, return_lse=True)
+    with torch.no_grad():
+        within = flash_sink_attn_func(*leaves, x.sinks, 40, return_lse=True)
+    plain = flash_sink_attn_func(x.q, x.k, x.v, x.sinks, 40, return_lse=True)
+    assert all(t.grad_fn is not None for t in noted)
+    for ours in (within, plain):
+        assert all(t.grad_fn is None and not t.requires_grad for t in ours)
+        assert all(torch.equal(a, b) for a, b in zip(ours, noted, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(flash_sink_attn_func(x.q, x.k, x.v, x.sinks, 40), plain[0])
+
+
+def test_derivatives_that_there_are_not_are_refused_and_not_left_out() -> None:
+    x = make_inputs(seqlen_q=20, heads_q=2, heads_kv=2, head_dim=32, dtype=torch.float16, device=DEVICE)
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError, match="jvp"):
+        flash_sink_attn_func(forward_ad.make_dual(x.q, torch.ones_like(x.q)), x.k, x.v, x.sinks)
+    for transform, q in ((torch.func.vmap, x.q[None]), (torch.func.grad, x.q)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="functorch"):
+            transform(lambda q: flash_sink_attn_func(q, x.k, x.v, x.sinks).sum().float())(q)
 
 
 def test_checkpointing() -> None:
