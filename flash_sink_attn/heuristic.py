@@ -41,6 +41,8 @@ PREFER_HOPPER: frozenset[tuple[Pass, int, int, bool]] = frozenset(
 # Tried in order until the validity rule accepts one.
 _HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1), HopperFwdConfig(128, 64, SHARE_Q=True),
                HopperFwdConfig(128, 64), HopperFwdConfig(64, 64))
+# A second tile of q: 0.5 to 2% at 1024 to 8192 tokens, causal, of one length.
+_HOPPER_FWD_128 = (HopperFwdConfig(128, 128, Q_STAGES=2, PROGRAMS_PER_SM=1),)
 _HOPPER_FWD_192 = (HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1),)
 _HOPPER_FWD_256 = (HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1),)
 _HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2),
@@ -168,7 +170,9 @@ def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
             special = tuple(dataclasses.replace(c, HEADS=min(c.HEADS, 1)) if c.PACK_HEADS else c for c in special)
         special = tuple(c for c in special if not idles(c, key) and (not c.HEADS or fits_ring(c, key.window)))
     else:
-        special = () if not small else _HOPPER_FWD_192 if tiles_of_192(key) else _HOPPER_FWD_256
+        plain = key.head_dim == key.head_dim_v == 128 and key.window is None and not key.varlen
+        special = (_HOPPER_FWD_128 if plain else ()) if not small else (
+            _HOPPER_FWD_192 if tiles_of_192(key) else _HOPPER_FWD_256)
     return (*special, *_HOPPER_FWD)
 
 

@@ -46,7 +46,7 @@ _HOPPER_CAUSAL: dict[bool, dict[str, Any]] = {
                           _ALONE[True]],
            "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 3, "SPLIT_GROUP": [1, 2]},
                           {"BLOCK_M": 64, "BLOCK_N": 64, "FORM": 1}]},
-    False: {"hopper_fwd": [{"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2, "PROGRAMS_PER_SM": [0, 1]},
+    False: {"hopper_fwd": [{"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 2, "Q_STAGES": [1, 2], "PROGRAMS_PER_SM": 1},
                            {"BLOCK_M": 128, "BLOCK_N": 64, "num_stages": 2, "SHARE_Q": True, "PROGRAMS_PER_SM": 1},
                            {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 2, "PROGRAMS_PER_SM": 2}, _ALONE[False]],
             "hopper_bwd": [{"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 2, "SPLIT_GROUP": [1, 2]},

@@ -188,7 +188,7 @@ def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
     ("hopper_fwd", tokens(WIDE, 4224, window=256)._replace(varlen=True),
      HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2)),
     ("hopper_fwd", tokens(WIDE, 384), HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2)),
-    ("hopper_fwd", tokens(WIDE, 2048), HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1)),
+    ("hopper_fwd", tokens(WIDE, 2048), HopperFwdConfig(128, 128, Q_STAGES=2, PROGRAMS_PER_SM=1)),
     ("hopper_bwd", LONG, FOUR), ("hopper_bwd", LONG._replace(window=1024), RECOMPUTE),
     ("hopper_bwd", tokens(LONG, 32768), ADD_WIDE), ("hopper_bwd", tokens(WIDE, 8192, window=4096), FOUR),
     ("hopper_bwd", LONG._replace(heads_q=20), HopperBwdConfig(64, 128, SPLIT_GROUP=2)),  # four do not share five alike
