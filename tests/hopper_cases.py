@@ -130,6 +130,7 @@ ODD = (96, 96, HopperFwdConfig(128, 64, 2, PROGRAMS_PER_SM=1))
 FAMILIES: dict[str, tuple[tuple[int, int, HopperFwdConfig], int | None]] = {
     "64": (CAUSAL_64, None),
     "64-four-warpgroups": ((64, 64, HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1)), None),
+    "64-four-two-tiles": ((64, 64, HopperFwdConfig(256, 64, 4, Q_STAGES=2, PROGRAMS_PER_SM=1)), 1024),
     "64-one-warpgroup": ((64, 64, HopperFwdConfig(64, 128, 2)), None),
     "64-one-loop": ((64, 64, HopperFwdConfig(128, 64, 2, SPLIT_LOOPS=False)), 100),
     "64-window": (WINDOW_64, 128),
@@ -141,6 +142,7 @@ FAMILIES: dict[str, tuple[tuple[int, int, HopperFwdConfig], int | None]] = {
     "64-narrow": ((64, 64, HopperFwdConfig(64, 32, 5, Q_STAGES=2, HEADS=3)), 37),
     "96": (ODD, None),
     "128": (CAUSAL_128, None),
+    "128-two-tiles": ((128, 128, HopperFwdConfig(128, 128, 2, Q_STAGES=2, PROGRAMS_PER_SM=1)), None),
     "128-window": (WINDOW_128, 256),
     "128-window-tokens": ((128, 128, HopperFwdConfig(64, 64, 2, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2)), 256),
     "128-alone": ((128, 128, HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False)), 256),
