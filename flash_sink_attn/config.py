@@ -24,6 +24,7 @@ PORTABLE: tuple[Kernel, ...] = tuple(k for kernels in KERNELS_OF["triton"].value
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 NUM_WARPS = (1, 2, 4, 8, 16)
+TAIL_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
 REGISTERS_PER_SM = 65536
 HOPPER_LOADER_REGISTERS = 24  # the fewest a warp can have
@@ -100,13 +101,17 @@ class TileConfig(_Config):
         PACK_GQA: ``fwd`` and ``bwd_dq`` only; one tile holds all query heads of a key head, so K and V are read once
             per group.
         SPLIT_LOOPS: walk the window edge, the interior and the diagonal in loops of their own, so that interior tiles
-            carry no mask; otherwise one loop with the full mask.
+            carry no mask; otherwise one loop, with the full mask or ``BRANCH_MASKS``.
         maxnreg: cap on registers per thread, None for the compiler's own choice.
         TMA: stream tiles through tensor descriptors (the copy engine of Hopper and later) instead of pointers: K and V,
             in ``bwd_dkdv`` q and do. Tensors whose strides are no multiple of 16 bytes use pointers all the same.
         REGISTER_A: keep the tile that stays (q; q and do in ``bwd_dq``; k and v in ``bwd_dkdv``) in registers, where
             the matrix instruction can take its first operand from, instead of in shared memory, which it then reads
             for every step. With TMA that tile comes through descriptors, too.
+        TAIL_N: ``fwd`` only, 0, 16, 32 or 64 and below ``BLOCK_N``: if no more keys than this are left after the last
+            whole tile, they are a tile of this width, loaded before the loop; 0 for one more tile of BLOCK_N. Without
+            effect on packed batches that come by TMA.
+        BRANCH_MASKS: one loop only: a tile gets a mask by a branch where the window's edge or the diagonal cuts it.
     """
 
     BLOCK_M: int
@@ -118,6 +123,8 @@ class TileConfig(_Config):
     maxnreg: int | None = None
     TMA: bool = False
     REGISTER_A: bool = False
+    TAIL_N: int = 0
+    BRANCH_MASKS: bool = False
 
 
 @_with_fields
@@ -278,8 +285,9 @@ class AttnConfig:
 
     @classmethod
     def everywhere(cls, tile: TileConfig) -> AttnConfig:
-        """One tile for all portable kernels, without PACK_GQA where that is no choice."""
-        return cls(fwd=tile, bwd_dq=tile, bwd_dkdv=dataclasses.replace(tile, PACK_GQA=False))
+        """One tile for all portable kernels, without PACK_GQA and TAIL_N where they are no choice."""
+        return cls(fwd=tile, bwd_dq=dataclasses.replace(tile, TAIL_N=0),
+                   bwd_dkdv=dataclasses.replace(tile, PACK_GQA=False, TAIL_N=0))
 
     def encode(self) -> str:
         """As text that :meth:`decode` reads; plain enough for torch.compile to trace."""

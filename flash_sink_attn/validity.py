@@ -14,6 +14,7 @@ from flash_sink_attn.config import (
     HOPPER_SHARED_DQ_BUFFERS,
     NUM_WARPS,
     REGISTERS_PER_SM,
+    TAIL_SIZES,
     AnyConfig,
     HopperBwdConfig,
     HopperBwdForm,
@@ -103,6 +104,12 @@ def _portable_reject_reason(c: TileConfig, kernel: Kernel, shape: _Shape) -> str
         return "PACK_GQA is a choice of the kernels fwd and bwd_dq only"
     if c.PACK_GQA and group == 1:
         return "PACK_GQA without a head group is the same kernel"
+    if c.TAIL_N and kernel != "fwd":
+        return "TAIL_N is a choice of the kernel fwd only"
+    if c.TAIL_N and not (c.TAIL_N in TAIL_SIZES and c.TAIL_N < c.BLOCK_N):
+        return f"TAIL_N must be 0, or one of {TAIL_SIZES} and below BLOCK_N={c.BLOCK_N}, got {c.TAIL_N}"
+    if c.BRANCH_MASKS and c.SPLIT_LOOPS:
+        return "BRANCH_MASKS is a choice of one loop, without SPLIT_LOOPS"
     if c.TMA and not limits.tma:
         return "TMA needs compute capability 9.0 or higher"
     if c.TMA and not {head_dim, head_dim_v} <= {16, 32, 64, 128, 256}:

@@ -19,6 +19,7 @@ TILE_DEFAULTS: dict[str, Any] = {
     for field in dataclasses.fields(config) if field.name not in TILE_COLUMNS}
 # How a field that is not at its default is said; {} stands for its value.
 _SAID = {"PACK_GQA": "pack", "SPLIT_LOOPS": "oneloop", "maxnreg": "r{}", "TMA": "tma", "REGISTER_A": "rega",
+         "TAIL_N": "tail{}", "BRANCH_MASKS": "branch",
          "Q_STAGES": "q{}", "HEADS": "h{}", "PACK_HEADS": "pack{}", "SHARE_Q": "shareq", "PROGRAMS_PER_SM": "p{}",
          "LOADER": "alone", "FORM": "form{}", "BUFFERS": "b{}", "SPLIT_GROUP": "split{}", "DETERMINISTIC": "det"}
 

@@ -31,10 +31,10 @@ READING = (
     "**runner-up**: how much slower the second best configuration is. **tied**: configurations whose interval overlaps "
     "the winner's, itself included; 1 is a clear winner.",
     "A configuration reads BLOCK_M x BLOCK_N, w = num_warps, s = num_stages, pack = PACK_GQA, oneloop = SPLIT_LOOPS "
-    "off, r = maxnreg, tma = TMA, rega = REGISTER_A; of the Hopper kernels q = Q_STAGES, h = HEADS, shareq = SHARE_Q, "
-    "p = PROGRAMS_PER_SM, pack with a number = PACK_HEADS, alone = LOADER off, form = FORM, b = BUFFERS, split = "
-    "SPLIT_GROUP, det = DETERMINISTIC. A portable backward has two kernels, dq and dkdv, tuned alone and then timed as "
-    "a pair.",
+    "off, r = maxnreg, tma = TMA, rega = REGISTER_A, tail = TAIL_N, branch = BRANCH_MASKS; of the Hopper kernels "
+    "q = Q_STAGES, h = HEADS, shareq = SHARE_Q, p = PROGRAMS_PER_SM, pack with a number = PACK_HEADS, alone = LOADER "
+    "off, form = FORM, b = BUFFERS, split = SPLIT_GROUP, det = DETERMINISTIC. A portable backward has two kernels, dq "
+    "and dkdv, tuned alone and then timed as a pair.",
     "Everything is in results.csv (a row per trial) and best.csv (a row per case).",
 )
 

@@ -60,7 +60,7 @@ def assert_right(
 
 
 def tiles(block_m: int, block_n: int, **choices: Any) -> AttnConfig:
-    """One tile for all three kernels; PACK_GQA for the forward only."""
+    """One tile for all three kernels; PACK_GQA and TAIL_N for the forward only."""
     tile = TileConfig(block_m, block_n, **choices)
-    plain = TileConfig(block_m, block_n, **(choices | {"PACK_GQA": False}))
+    plain = TileConfig(block_m, block_n, **(choices | {"PACK_GQA": False, "TAIL_N": 0}))
     return AttnConfig(fwd=tile, bwd_dq=plain, bwd_dkdv=plain)

@@ -49,6 +49,7 @@ def tile(block_m: int, block_n: int, num_warps: int, num_stages: int, **more: An
 
 
 ONE_LOOP = {"SPLIT_LOOPS": False}
+BRANCHES = {"SPLIT_LOOPS": False, "BRANCH_MASKS": True}
 D128 = {"head_dim": 128}
 MIMO = {"head_dim": 192, "head_dim_v": 128, "window": 128}
 VARLEN = {"varlen": True, "window": 128}
@@ -57,30 +58,51 @@ VARLEN = {"varlen": True, "window": 128}
 FAMILIES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fwd", tile(64, 64, 4, 3), {}),
     ("fwd", tile(64, 32, 4, 2, PACK_GQA=True, **ONE_LOOP), {"window": 128}),
+    ("fwd", tile(64, 32, 4, 3, PACK_GQA=True, TMA=True, TAIL_N=16, **BRANCHES), {"window": 128}),
     ("fwd", tile(64, 64, 4, 2, TMA=True), D128),
     ("fwd", tile(64, 32, 4, 2, **ONE_LOOP), D128 | VARLEN | {"dtype": "float16"}),
     ("fwd", tile(64, 32, 4, 2, PACK_GQA=True, **ONE_LOOP), MIMO),
     ("bwd_dq", tile(64, 64, 4, 2), {}),
     ("bwd_dq", tile(64, 32, 4, 2, **ONE_LOOP), D128 | {"window": 256}),
-    ("bwd_dq", tile(64, 64, 4, 2, TMA=True), {"window": 128}),
+    ("bwd_dq", tile(64, 64, 4, 2, TMA=True, **BRANCHES), {"window": 128}),
     ("bwd_dq", tile(64, 64, 4, 2, **ONE_LOOP), VARLEN | {"dtype": "float16"}),
     ("bwd_dq", tile(64, 32, 4, 2, **ONE_LOOP), MIMO),
-    ("bwd_dkdv", tile(32, 64, 4, 2), {}),
     ("bwd_dkdv", tile(32, 64, 4, 3, TMA=True), {}),
-    ("bwd_dkdv", tile(32, 64, 4, 3, **ONE_LOOP), {"window": 128}),
+    ("bwd_dkdv", tile(64, 64, 4, 3, TMA=True, **BRANCHES), {"window": 128}),
     ("bwd_dkdv", tile(32, 64, 8, 2, **ONE_LOOP), D128 | {"window": 256}),
     ("bwd_dkdv", tile(32, 64, 4, 3, **ONE_LOOP), VARLEN | {"dtype": "float16"}),
     ("bwd_dkdv", tile(32, 64, 8, 2, **ONE_LOOP), MIMO),
 ]
 
 
+# Of the selections between two floats in a loop with products, how many a forward jump within the loop can skip.
+SKIPPED = """
+from flash_sink_attn import compile_only
+from flash_sink_attn.sass_loops import matrix_loops
+
+texts = []
+facts = compile_only._facts
+compile_only._facts = lambda text: texts.append(text) or facts(text)
+
+def masks():
+    total = skipped = 0
+    for loop in matrix_loops(texts[-1]):
+        jumps = [(x.address, x.target) for x in loop.code if x.target is not None]
+        end = max(address for address, target in jumps if target == loop.address)
+        masks = [x.address for x in loop.code if x.opcode.startswith("FSEL")]
+        total += len(masks)
+        skipped += sum(any(a < mask < b <= end for a, b in jumps) for mask in masks)
+    return total, skipped
+"""
+
+
 def test_every_family_compiles_to_tensor_core_code_without_spills(tmp_path: Path) -> None:
-    code = f"""
+    code = SKIPPED + f"""
 for kernel, tile, shape in {FAMILIES!r}:
     shape = shape | {{"dtype": getattr(torch, shape.get("dtype", "bfloat16"))}}
     b = build(kernel, tile, **shape)
     print(json.dumps(dict(registers=b.registers, spills=b.spills, shared=b.shared_bytes, hgmma=b.hgmma,
-                          tma=b.tma > 0, binary=b.binary)))
+                          tma=b.tma > 0, binary=b.binary, masks=masks())))
 """
     built = compiling(code, tmp_path)
     assert len({b["binary"] for b in built}) == len(FAMILIES)
@@ -90,6 +112,8 @@ for kernel, tile, shape in {FAMILIES!r}:
         assert 0 < b["shared"] <= 232448, said
         assert b["hgmma"] > 0, said
         assert b["tma"] == family[1].get("TMA", False), said
+        total, skipped = b["masks"]
+        assert total > 0 and skipped == (total if family[1].get("BRANCH_MASKS") else 0), said
 
 
 # Lengths, batches and heads on both sides of what Triton specializes on, divisible by 16 or not, and 1; strides follow.

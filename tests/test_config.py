@@ -15,6 +15,7 @@ from flash_sink_attn.config import (
     MAX_HEAD_DIM,
     NUM_WARPS,
     PORTABLE,
+    TAIL_SIZES,
     AttnConfig,
     HopperBwdConfig,
     HopperFwdConfig,
@@ -29,7 +30,8 @@ TILE = TileConfig(64, 64, 4, 2)
 tile_configs = st.builds(
     TileConfig, BLOCK_M=st.sampled_from(BLOCK_SIZES), BLOCK_N=st.sampled_from(BLOCK_SIZES),
     num_warps=st.sampled_from(NUM_WARPS), num_stages=st.integers(1, 8), PACK_GQA=st.booleans(),
-    SPLIT_LOOPS=st.booleans(), maxnreg=st.none() | st.integers(24, 255), TMA=st.booleans())
+    SPLIT_LOOPS=st.booleans(), maxnreg=st.none() | st.integers(24, 255), TMA=st.booleans(),
+    TAIL_N=st.sampled_from((0, *TAIL_SIZES)), BRANCH_MASKS=st.booleans())
 hopper_fwd_configs = st.builds(
     HopperFwdConfig, BLOCK_M=st.sampled_from((64, 128, 192, 256)), BLOCK_N=st.sampled_from((32, 64, 128, 256)),
     num_stages=st.integers(1, 8), Q_STAGES=st.integers(1, 4), HEADS=st.integers(0, 4), SPLIT_LOOPS=st.booleans(),
@@ -75,6 +77,22 @@ def test_packing_is_for_rows_of_queries_with_groups() -> None:
         assert reason(packed, kernel, group=8) is None
         assert "without a head group" in str(reason(packed, kernel, group=1))
     assert "fwd and bwd_dq only" in str(reason(packed, "bwd_dkdv", group=8))
+
+
+def test_a_tail_is_the_forward_s_and_smaller_than_a_tile() -> None:
+    tail = dataclasses.replace(TILE, BLOCK_N=32, TAIL_N=16)
+    assert reason(tail) is None
+    for kernel in ("bwd_dq", "bwd_dkdv"):
+        assert "the kernel fwd only" in str(reason(tail, kernel))
+    for size in (8, 32, 64, -16):
+        assert f"below BLOCK_N=32, got {size}" in str(reason(dataclasses.replace(tail, TAIL_N=size)))
+    assert reason(dataclasses.replace(tail, BLOCK_N=128, TAIL_N=64)) is None
+
+
+@pytest.mark.parametrize("kernel", PORTABLE)
+def test_masks_by_branches_are_for_one_loop(kernel: Any) -> None:
+    assert "a choice of one loop" in str(reason(dataclasses.replace(TILE, BRANCH_MASKS=True), kernel))
+    assert reason(dataclasses.replace(TILE, BRANCH_MASKS=True, SPLIT_LOOPS=False), kernel) is None
 
 
 def test_the_copy_engine_needs_whole_rows_of_statistics() -> None:
@@ -289,6 +307,8 @@ def test_an_unknown_kernel_is_named() -> None:
 
 
 def test_one_tile_everywhere_is_packed_where_that_is_a_choice() -> None:
-    tile = TileConfig(64, 32, 8, 3, PACK_GQA=True, SPLIT_LOOPS=False, maxnreg=96, TMA=True, REGISTER_A=True)
+    tile = TileConfig(64, 32, 8, 3, PACK_GQA=True, SPLIT_LOOPS=False, maxnreg=96, TMA=True, REGISTER_A=True, TAIL_N=16,
+                      BRANCH_MASKS=True)
     assert AttnConfig.everywhere(tile) == AttnConfig(
-        fwd=tile, bwd_dq=tile, bwd_dkdv=dataclasses.replace(tile, PACK_GQA=False))
+        fwd=tile, bwd_dq=dataclasses.replace(tile, TAIL_N=0),
+        bwd_dkdv=dataclasses.replace(tile, PACK_GQA=False, TAIL_N=0))

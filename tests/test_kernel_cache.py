@@ -99,7 +99,7 @@ from flash_sink_attn.hopper import support
 
 launcher._launch_new = lambda kernel, *arguments, **options: kernel.cache_key
 kernels = []
-names = ["kernels.forward", "kernels.backward"]
+names = ["kernels.forward", "kernels.backward_dq", "kernels.backward_dkdv"]
 if support.gluon_problem() is None:
     names += [f"hopper.{n}" for n in ("forward", "window", "backward_walk", "backward_keys", "backward_queries",
                                       "backward_slide", "backward_wide")]

@@ -13,9 +13,13 @@ import torch
 from flash_sink_attn import dispatch
 from flash_sink_attn.dispatch import device_info
 from flash_sink_attn.hopper import support
+from flash_sink_attn.kernels.backward_dkdv import divide
 from flash_sink_attn.testing import AttentionInputs, check, make_inputs, truth_and_eager
 from flash_sink_attn.validity import limits_of, reject_reason
 from tests.kernel_calls import DEVICE, assert_right, run_kernels, tiles
+
+import triton  # isort: skip  (the package sets how kernels run, before any triton.jit)
+import triton.language as tl  # isort: skip
 
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 HAS_TMA = limits_of(device_info(torch.device(DEVICE)).arch).tma
@@ -44,9 +48,11 @@ def awkward(count: int, seed: int, longest: int, most_heads: int) -> list[Any]:
         window = draw.choice([None, 1, 2, 16, draw.randint(3, longest), 10 * longest])
         powers = {shape["head_dim"], shape["head_dim_v"]} <= {16, 32, 64}
         block_m, block_n = draw.choice([16, 32, 64]), draw.choice([16, 32, 64])
-        config = tiles(block_m, block_n, SPLIT_LOOPS=draw.random() < 0.6, PACK_GQA=group > 1 and draw.random() < 0.5,
+        split = draw.random() < 0.4
+        config = tiles(block_m, block_n, SPLIT_LOOPS=split, PACK_GQA=group > 1 and draw.random() < 0.5,
                        TMA=HAS_TMA and powers and block_m > 16 and draw.random() < 0.7,
-                       REGISTER_A=draw.random() < 0.5)
+                       REGISTER_A=draw.random() < 0.5, BRANCH_MASKS=not split and draw.random() < 0.7,
+                       TAIL_N=draw.choice([0, *(n for n in (16, 32) if n < block_n)]))
         name = "-".join(str(shape[k]) for k in ("batch", "seqlen_q", "seqlen_k", "heads_q", "heads_kv", "head_dim"))
         cases.append(pytest.param(shape, window, config, id=f"{i}-{name}-w{window}"))
     return cases
@@ -128,8 +134,46 @@ def test_softmax_scale(scale: float) -> None:
     assert_right(x, scale=scale)
 
 
+# Of the keys that the rows of a tile see, from none to all are left for the tail; and each mask is needed by the first
+# tile, by the last, by both, by all or by none.
+@pytest.mark.parametrize(("tail", "branch"), [(16, False), (16, True), (0, True)])
+@pytest.mark.parametrize(("length_q", "length_k", "window"), [
+    (70, 70, 33), (70, 70, 1), (37, 70, 40), (70, 37, 20), (64, 64, None), (33, 80, 16), (70, 70, 69)])
+def test_tails_and_masks_where_needed(
+    length_q: int, length_k: int, window: int | None, tail: int, branch: bool
+) -> None:
+    pack = length_q != 64
+    config = tiles(16, 32, PACK_GQA=pack, SPLIT_LOOPS=not branch and pack, TAIL_N=tail, BRANCH_MASKS=branch)
+    x = make_inputs(seqlen_q=length_q, seqlen_k=length_k, heads_q=2, heads_kv=1, head_dim=16, dtype=torch.bfloat16,
+                    device=DEVICE)
+    assert_right(x, window=window, config=config)
+
+
+@triton.jit
+def _divide_kernel(Dividends, By, Quotient, Rest, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    by = tl.load(By)
+    quotient, rest = divide(tl.load(Dividends + at), by, tl.full([], 0xFFFFFFFF, tl.uint32) // by.to(tl.uint32))
+    tl.store(Quotient + at, quotient)
+    tl.store(Rest + at, rest)
+
+
+@pytest.mark.parametrize("by", [1, 2, 3, 7, 64, 641, 16384, 65537, 2**31 - 1])
+def test_division_by_a_product(by: int) -> None:
+    """At the multiples of ``by`` and right before them, up to the largest int32, where rounding would show."""
+    draw = random.Random(by)
+    most = (2**31 - 1) // by
+    multiples = [by * draw.randint(0, most) for _ in range(61)] + [by * most]
+    values = [0, 1, 2**31 - 1, *(x for m in multiples for x in (m, max(m - 1, 0)))]
+    i = torch.tensor(values + [0] * (128 - len(values)), dtype=torch.int32, device=DEVICE)
+    quotient, rest = torch.full_like(i, -1), torch.full_like(i, -1)
+    _divide_kernel[(1,)](i, torch.tensor([by], dtype=torch.int32, device=DEVICE), quotient, rest, BLOCK=128)
+    assert quotient.tolist() == [x // by for x in i.tolist()]
+    assert rest.tolist() == [x % by for x in i.tolist()]
+
+
 @pytest.mark.parametrize(("pack", "tma", "split"), [
-    (False, False, True), (True, False, True), (False, True, True), (True, True, False)])
+    (False, False, True), (True, False, True), (False, True, True), (True, True, False), (True, False, False)])
 @pytest.mark.parametrize(("seqlens", "seqlens_k", "heads_kv"), [
     ([5, 0, 33, 1], None, 1), ([0, 0, 7], None, 2), ([20, 3, 0, 9], [31, 3, 4, 0], 2), ([32, 32], None, 1)])
 def test_varlen(
@@ -137,7 +181,8 @@ def test_varlen(
 ) -> None:
     x = make_inputs(heads_q=2 * heads_kv, heads_kv=heads_kv, head_dim=16, dtype=torch.bfloat16, device=DEVICE,
                     seqlens=seqlens, seqlens_k=seqlens_k)
-    config = tiles(32 if tma else 16, 32, PACK_GQA=pack, TMA=tma and HAS_TMA, REGISTER_A=tma, SPLIT_LOOPS=split)
+    config = tiles(32 if tma else 16, 32, PACK_GQA=pack, TMA=tma and HAS_TMA, REGISTER_A=tma, SPLIT_LOOPS=split,
+                   BRANCH_MASKS=not split, TAIL_N=0 if split else 16)
     for window in (None, 6):
         assert_right(x, window=window, config=config)
 

@@ -193,6 +193,8 @@ def test_grids_multiply_and_lists_of_grids_add() -> None:
         "maxnreg": None,
         "TMA": False,
         "REGISTER_A": False,
+        "TAIL_N": 0,
+        "BRANCH_MASKS": False,
     }
     assert sweep.tunables.bwd_dq is None
 

@@ -154,3 +154,15 @@ def visible(query, key, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
             return (key <= query) & (key > query - window)
         return key <= query
     return key > query - window
+
+
+@triton.jit
+def opaque(x):
+    """``x``, an int32 scalar; what depends on it stays in the branch in which this is called.
+
+    Else the compiler computes a branch's masks always and selects, which costs more than masking always.
+    """
+    if _INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+

@@ -10,6 +10,7 @@ from flash_sink_attn.kernels.common import (  # isort: skip
     find_tile,
     in_registers,
     load_tile,
+    opaque,
     round_to,
     sequence_bounds,
     store_tile,
@@ -23,15 +24,45 @@ import triton.language as tl
 
 
 @triton.jit
+def _softmax(
+    l, m, q, q2, k, k2, n, key, position, edge, diagonal, window, scale_log2, BLOCK_N: tl.constexpr,
+    BLOCK_D2: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BRANCH_MASKS: tl.constexpr,
+):
+    """A tile of keys, from key n on, joins the running maximum m and sum l of every row.
+
+    Returns p in half precision, alpha by which what was summed before shrinks, and the new l and m.
+    """
+    s = dot(q, tl.trans(k))
+    if BLOCK_D2:
+        s = dot(q2, tl.trans(k2), s)
+    if BRANCH_MASKS:
+        if WINDOW:
+            if n < edge:
+                s = tl.where(key[None, :] > (position - opaque(window))[:, None], s, float("-inf"))
+        if n + BLOCK_N > diagonal:
+            key = opaque(n) + tl.arange(0, BLOCK_N)
+            s = tl.where(key[None, :] <= position[:, None], s, float("-inf"))
+    elif CAUSAL or WINDOW:
+        s = tl.where(visible(position[:, None], key[None, :], window, CAUSAL, WINDOW), s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    p = tl.math.exp2(s * scale_log2 - m_new[:, None])
+    alpha = tl.math.exp2(m - m_new)
+    l = l * alpha + tl.sum(p, 1)
+    return round_to(p, q.dtype), alpha, l, m_new
+
+
+@triton.jit
 def _attend(
-    acc, acc2, l, m, q, q2, k_source, v_source, b, origin, head, begin, end, position, len_k, stride_k, stride_v,
-    window, scale_log2, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, acc2, l, m, q, q2, k_source, v_source, b, origin, head, begin, end, position, edge, diagonal, len_k, stride_k,
+    stride_v, window, scale_log2, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_D2: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, BRANCH_MASKS: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Fold the keys of [begin, end) into the running maximum m, sum l and output acc of every row.
 
-    STAGES: depth of this loop's load pipeline, None for the launch's.
+    position: of every row, in key coordinates. edge: keys before it are hidden from the last row; diagonal: keys from
+    it on are hidden from the first row. CAUSAL, WINDOW: the masks that every tile gets, or with BRANCH_MASKS those that
+    the tile is cut by. STAGES: depth of this loop's load pipeline, None for the launch's.
     """
     MASKED: tl.constexpr = CAUSAL or WINDOW
     row = tl.arange(0, BLOCK_N)
@@ -40,19 +71,13 @@ def _attend(
         inside = key < len_k
         # [BLOCK_N, BLOCK_D]
         k = stream_tile(k_source, b, origin, head, n, row, stride_k, inside, 0, BLOCK_N, BLOCK_D, D, MASKED, TMA)
-        s = dot(q, tl.trans(k))
+        k2 = k
         if BLOCK_D2:
             k2 = stream_tile(k_source, b, origin, head, n, row, stride_k, inside, BLOCK_D, BLOCK_N, BLOCK_D2, D,
                              MASKED, TMA)
-            s = dot(q2, tl.trans(k2), s)
-        if MASKED:
-            s = tl.where(visible(position[:, None], key[None, :], window, CAUSAL, WINDOW), s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-        p = tl.math.exp2(s * scale_log2 - m_new[:, None])
-        alpha = tl.math.exp2(m - m_new)
-        l = l * alpha + tl.sum(p, 1)
-        m = m_new
-        p = round_to(p, q.dtype)
+        p, alpha, l, m = _softmax(
+            l, m, q, q2, k, k2, n, key, position, edge, diagonal, window, scale_log2, BLOCK_N, BLOCK_D2, CAUSAL, WINDOW,
+            BRANCH_MASKS)
         # [BLOCK_N, BLOCK_DV]
         v = stream_tile(v_source, b, origin, head, n, row, stride_v, inside, 0, BLOCK_N, BLOCK_DV, DV, MASKED, TMA)
         acc = dot(p, v, acc * alpha[:, None])
@@ -74,7 +99,8 @@ def fwd_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr, WINDOW: tl.constexpr, PACK_GQA: tl.constexpr, SPLIT_LOOPS: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, TMA: tl.constexpr, OWN_TMA: tl.constexpr, REGISTER_A: tl.constexpr,
+    BRANCH_MASKS: tl.constexpr, STRIDE_UNIT: tl.constexpr, TMA: tl.constexpr, OWN_TMA: tl.constexpr,
+    REGISTER_A: tl.constexpr, TAIL_N: tl.constexpr,
 ):
     """One program: BLOCK_M query rows of one head, or of all heads of a group when PACK_GQA.
 
@@ -86,7 +112,8 @@ def fwd_kernel(
     With TMA, K and V are descriptors of one (1, BLOCK_N, 1, head_dim) tile of (batch, seqlen, heads, head_dim), a
     packed batch being one long sequence; KTail and VTail are then its pointers. With OWN_TMA, Q is one of a
     (1, BLOCK_M, 1, head_dim) tile, or, when PACK_GQA, of (1, BLOCK_M / GROUP, 1, GROUP, head_dim) with the heads split
-    in two dimensions. REGISTER_A: q stays in registers as the matrix instruction's first operand.
+    in two dimensions. REGISTER_A: q stays in registers as the matrix instruction's first operand. SPLIT_LOOPS,
+    BRANCH_MASKS, TAIL_N: see TileConfig.
     """
     ROWS_PER_TOKEN: tl.constexpr = GROUP if PACK_GQA else 1
     heads_q = heads_kv * GROUP
@@ -181,42 +208,70 @@ def fwd_kernel(
     if WINDOW:
         begin = tl.maximum(earliest - window + 1, 0)
     end = tl.maximum(latest + 1, 0)
+    edge = latest - window + 1
+    diagonal = earliest + 1
     stop = end
+    if TAIL_N and not (VARLEN and TMA):
+        # What is left after the last whole tile, if it is little, is a small tile of its own, whose loads are under way
+        # from here on.
+        whole = begin + (end - begin) // BLOCK_N * BLOCK_N
+        stop = tl.where(end - whole <= TAIL_N, whole, end)
+        tail = tl.arange(0, TAIL_N)
+        tail_ok = stop + tail < end
+        k_base = (KTail if TMA else K) + k_origin + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
+        v_base = (VTail if TMA else V) + v_origin + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
+        k_base += stop * stride_ks.to(tl.int64)
+        v_base += stop * stride_vs.to(tl.int64)
+        k_tail = load_tile(k_base, tail, stride_ks, tail_ok, 0, BLOCK_D, D, True)
+        v_tail = load_tile(v_base, tail, stride_vs, tail_ok, 0, BLOCK_DV, DV, True)
+        k_tail2 = k_tail
+        if BLOCK_D2:
+            k_tail2 = load_tile(k_base, tail, stride_ks, tail_ok, BLOCK_D, BLOCK_D2, D, True)
+        if BLOCK_DV2:
+            v_tail2 = load_tile(v_base, tail, stride_vs, tail_ok, BLOCK_DV, BLOCK_DV2, DV, True)
     if VARLEN and TMA:
         # The copy engine does not clip at the end of a packed sequence: the tile that crosses it comes by pointers.
         stop = tl.minimum(end, begin + tl.maximum(len_k - begin, 0) // BLOCK_N * BLOCK_N)
     if SPLIT_LOOPS:
-        edge = begin
+        cut = begin
         if WINDOW:
             # key tiles that start before the last row's window
-            edge = tl.minimum(begin + tl.cdiv(tl.maximum(latest + 1 - window - begin, 0), BLOCK_N) * BLOCK_N, stop)
+            cut = tl.minimum(begin + tl.cdiv(tl.maximum(edge - begin, 0), BLOCK_N) * BLOCK_N, stop)
             acc, acc2, l, m = _attend(
-                acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, begin, edge, position, len_k,
-                stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
-                WINDOW == 2, True, None)
+                acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, begin, cut, position, edge, diagonal,
+                len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV,
+                BLOCK_DV2, TMA, WINDOW == 2, True, False, None)
         # key tiles that end at or before the first row's own key
-        diagonal = tl.maximum(begin + tl.maximum((earliest + 1 - begin) // BLOCK_N, 0) * BLOCK_N, edge)
+        last = tl.maximum(begin + tl.maximum((diagonal - begin) // BLOCK_N, 0) * BLOCK_N, cut)
         acc, acc2, l, m = _attend(
-            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, edge, diagonal, position, len_k,
-            stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
-            False, False, None)
+            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, cut, last, position, edge, diagonal,
+            len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2,
+            TMA, False, False, False, None)
         acc, acc2, l, m = _attend(
-            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, diagonal, stop, position, len_k,
-            stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
-            True, WINDOW == 2, None)
+            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, last, stop, position, edge, diagonal,
+            len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2,
+            TMA, True, WINDOW == 2, False, None)
     else:
         acc, acc2, l, m = _attend(
-            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, begin, stop, position, len_k,
-            stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA,
-            True, WINDOW > 0, None)
+            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, begin, stop, position, edge, diagonal,
+            len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2,
+            TMA, True, WINDOW > 0, BRANCH_MASKS, None)
+    if TAIL_N and not (VARLEN and TMA):
+        if stop < end:
+            p, alpha, l, m = _softmax(
+                l, m, q, q2, k_tail, k_tail2, stop, stop + tail, position, edge, diagonal, window, scale_log2, TAIL_N,
+                BLOCK_D2, True, WINDOW > 0, False)
+            acc = dot(p, v_tail, acc * alpha[:, None])
+            if BLOCK_DV2:
+                acc2 = dot(p, v_tail2, acc2 * alpha[:, None])
     if VARLEN and TMA:
-        TAIL_N: tl.constexpr = 32 if BLOCK_N > 32 else BLOCK_N  # few registers matter more here than speed
+        CROSSING_N: tl.constexpr = 32 if BLOCK_N > 32 else BLOCK_N  # few registers matter more here than speed
         k_rows = KTail + k_origin + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
         v_rows = VTail + v_origin + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
         acc, acc2, l, m = _attend(
-            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, stop, end, position, len_k,
-            stride_ks, stride_vs, window, scale_log2, TAIL_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, False,
-            True, WINDOW > 0, 1)
+            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, stop, end, position, edge, diagonal,
+            len_k, stride_ks, stride_vs, window, scale_log2, CROSSING_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2,
+            False, True, WINDOW > 0, False, 1)
 
     # The sink enters here and not as the initial maximum: a sink far above the logits would flush P to zero in half.
     if Sinks is not None:

@@ -19,7 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flash_sink_attn import launcher
 from flash_sink_attn._mode import INTERPRETING
 from flash_sink_attn.config import TileConfig
-from flash_sink_attn.kernels.backward import dkdv_kernel, dq_kernel
+from flash_sink_attn.kernels.backward_dkdv import dkdv_kernel
+from flash_sink_attn.kernels.backward_dq import dq_kernel
 from flash_sink_attn.kernels.common import APART, MEETING, NO_WINDOW
 from flash_sink_attn.kernels.forward import fwd_kernel
 from flash_sink_attn.layout import LOG2E, Sequences, describable, launchable, strides_of
@@ -131,7 +132,7 @@ def forward(
         programs = tiles * (q.shape[-2] // rows_per_token) * (1 if sequences.varlen else sequences.batch)
         tma = c.TMA and describable(k, v)
         own_tma = tma and _own_tma(c, group, q)
-        tail = tma and sequences.varlen
+        tail = tma and (sequences.varlen or c.TAIL_N > 0)
         return _launch(fwd_kernel, programs, q.device, c, [
             _descriptor(q, c.BLOCK_M, rows_per_token) if own_tma else q,
             *((_descriptor(k, c.BLOCK_N), _descriptor(v, c.BLOCK_N)) if tma else (k, v)),
@@ -141,7 +142,8 @@ def forward(
         ], constants | {
             "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "VARLEN": sequences.varlen,
             "WINDOW": _window_mode(window, tokens, c.BLOCK_N), "PACK_GQA": c.PACK_GQA, "SPLIT_LOOPS": c.SPLIT_LOOPS,
-            "STRIDE_UNIT": unit, "TMA": tma, "OWN_TMA": own_tma, "REGISTER_A": c.REGISTER_A})
+            "BRANCH_MASKS": c.BRANCH_MASKS, "STRIDE_UNIT": unit, "TMA": tma, "OWN_TMA": own_tma,
+            "REGISTER_A": c.REGISTER_A, "TAIL_N": c.TAIL_N})
 
     return _soundly(launch, config)
 
@@ -198,7 +200,8 @@ def backward_dq(
         ], constants | {
             "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "VARLEN": sequences.varlen,
             "WINDOW": _window_mode(window, tokens, c.BLOCK_N), "PACK_GQA": c.PACK_GQA, "SPLIT_LOOPS": c.SPLIT_LOOPS,
-            "STRIDE_UNIT": unit, "TMA": tma, "OWN_TMA": own_tma, "REGISTER_A": c.REGISTER_A})
+            "BRANCH_MASKS": c.BRANCH_MASKS, "STRIDE_UNIT": unit, "TMA": tma, "OWN_TMA": own_tma,
+            "REGISTER_A": c.REGISTER_A})
 
     return _soundly(launch, config)
 
@@ -228,8 +231,8 @@ def backward_dkdv(
             window or 0, scale, scale * LOG2E,
         ], constants | {
             "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "VARLEN": sequences.varlen,
-            "WINDOW": _window_mode(window, c.BLOCK_M, c.BLOCK_N), "SPLIT_LOOPS": c.SPLIT_LOOPS, "STRIDE_UNIT": unit,
-            "TMA": tma, "REGISTER_A": c.REGISTER_A})
+            "WINDOW": _window_mode(window, c.BLOCK_M, c.BLOCK_N), "SPLIT_LOOPS": c.SPLIT_LOOPS,
+            "BRANCH_MASKS": c.BRANCH_MASKS, "STRIDE_UNIT": unit, "TMA": tma, "REGISTER_A": c.REGISTER_A})
 
     return _soundly(launch, config)
 
