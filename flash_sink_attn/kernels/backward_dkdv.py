@@ -39,8 +39,8 @@ def _row_statistics(lse_base, delta_base, member, start, len_q, stride_rows, BLO
 def divide(i, by, inverse):
     """i // by and i % by of an int32 ``i`` >= 0, where ``inverse`` is (2**32 - 1) // by as uint32.
 
-    The product is the quotient or one less. A division takes the compiler some thirty instructions, and a step of the
-    loop some four hundred: 2 to 7% of this kernel's time.
+    The product is the quotient or one less. The compiler's division is some thirty of a step's four hundred
+    instructions.
     """
     quotient = tl.umulhi(tl.cast(i, tl.uint32), inverse).to(tl.int32)
     rest = i - quotient * by
