@@ -52,8 +52,8 @@ class CaseResult:
     Attributes:
         gpu, case, model: the card's name as in the rows, the case, and its label ("" = none).
         rows: every row of the case, in the order of the log.
-        ranked: the candidates of ours that were timed, the winner first, then those of the final by their time there,
-            then the others by theirs.
+        ranked: the candidates of ours that were timed, the winner first, then those tied with it, then by time: those
+            of the final by theirs there, the others by theirs in the first pass as the winner's has changed since.
         tied: those of ``ranked`` that are not known to be slower, the winner first. After a final by their paired
             ratios; without one, those whose interval overlaps the winner's.
         peers: the fastest ok row of each peer, by name, fastest first.
@@ -105,16 +105,19 @@ class CaseResult:
     def margin(self) -> tuple[float, float, float] | None:
         """By how much the runner-up is slower (0.02 = 2%), with its interval.
 
-        After a final that of their paired ratio; it can be below 0 where a tie was decided by the neighbouring shapes.
-        Otherwise the bounds that the two medians' intervals allow.
+        Where both were in a final that of their paired ratio; it can be below 0 where a tie was decided by the
+        neighbouring shapes. Otherwise the bounds that the intervals of their two medians of the first pass allow.
         """
-        if self.best is None or self.runner_up is None:
-            return None
-        if self.verdict is not None and self.verdict.ratios:
-            paired = self.verdict.ratios[0]
-            return paired.ratio - 1, paired.low - 1, paired.high - 1
         a, b = self.best, self.runner_up
-        return b.latency_ms / a.latency_ms - 1, b.low / a.high - 1, b.high / a.low - 1
+        if a is None or b is None:
+            return None
+        scale = 1.0
+        if self.verdict is not None:
+            for entrant, paired in zip(self.verdict.entrants[1:], self.verdict.ratios, strict=True):
+                if key_of(entrant) == key_of(b):
+                    return paired.ratio - 1, paired.low - 1, paired.high - 1
+            scale = self.verdict.scale
+        return b.latency_ms / a.latency_ms * scale - 1, b.low / a.high * scale - 1, b.high / a.low * scale - 1
 
     @property
     def wall_disagrees(self) -> bool | None:
@@ -221,12 +224,19 @@ def _neighbours(result: CaseResult, everything: Sequence[CaseResult]) -> list[Ne
 def _after_final(result: CaseResult, contest: Contest, neighbours: Sequence[Neighbour]) -> CaseResult:
     verdict = contest.verdict(neighbours)
     timed = {key_of(m): m for m in verdict.entrants}
+    tied = {key_of(m) for m in verdict.tied}
+
+    def by_time(m: Measured) -> float:
+        return m.latency_ms if key_of(m) in timed else m.latency_ms * verdict.scale
+
+    # Not all that were in the final were faster than all that were not: one may be there for its wall time.
     others = [m for m in result.ranked if key_of(m) not in timed]
+    behind = sorted((m for m in (*verdict.entrants[1:], *others) if key_of(m) not in tied), key=by_time)
     default = result.default
     if default is not None:
         default = timed.get(key_of(default), default)
-    return dataclasses.replace(result, ranked=(*verdict.entrants, *others), tied=verdict.tied, default=default,
-                               verdict=verdict)
+    ahead = [m for m in verdict.entrants if key_of(m) in tied or m is verdict.entrants[0]]
+    return dataclasses.replace(result, ranked=(*ahead, *behind), tied=verdict.tied, default=default, verdict=verdict)
 
 
 def _after_duels(result: CaseResult, records: Iterable[Record]) -> CaseResult:

@@ -65,6 +65,11 @@ class Verdict:
         return self.own[0]["latency_ms"] / self.entrants[0].row["first_pass_ms"] - 1
 
     @property
+    def scale(self) -> float:
+        """The winner's time that counts over that of the first pass, for whoever has only the latter."""
+        return self.entrants[0].latency_ms / self.entrants[0].row["first_pass_ms"]
+
+    @property
     def alone(self) -> bool:
         """Whether there was nobody to compare with: the final was held for the energy, and the first pass decided."""
         return len(self.record["entrants"]) == 1

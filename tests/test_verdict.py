@@ -18,7 +18,7 @@ from tests.synthetic import case, row, tile
 from tests.test_finals import Simulated, calls
 
 FWD = case("gpt-oss", "fwd", 4096, 128)
-A, B, C = tile(64, 32), tile(64, 64), tile(64, 128)
+A, B, C, D = tile(64, 32), tile(64, 64), tile(64, 128), tile(128, 64)
 SAMPLING = FinalSampling(max_ms=1e9, wall_ms=0.0, energy_ms=0.0)
 
 
@@ -53,6 +53,18 @@ def test_a_final_overrules_the_first_pass() -> None:
     assert result.best.row["tflops"] == pytest.approx(flops(FWD) / result.best.latency_ms / 1e9)
     assert rows[1]["latency_ms"] == 1.005 and result.rows[1]["latency_ms"] == 1.005
     assert only(rows).best.config == A  # type: ignore[union-attr]
+
+
+def test_who_was_in_the_final_for_its_wall_time_is_not_taken_for_fast() -> None:
+    """All of the first pass's times, of B and D, have grown by a tenth since, as the winner's has."""
+    rows = [row(FWD, config=A, ms=1.0), row(FWD, config=B, ms=1.1), row(FWD, config=C, ms=1.3),
+            row(FWD, config=D, ms=1.25)]
+    result = only(rows, record(FWD, [(A, 1.1), (C, 1.3)]))
+    assert [m.config for m in result.ranked] == [A, B, C, D]
+    assert result.runner_up is not None and result.runner_up.latency_ms == 1.1    # as it was measured
+    assert result.margin is not None and result.margin[0] == pytest.approx(0.1, abs=0.01)
+    assert result.margin[1] < result.margin[0] < result.margin[2]
+    assert result.verdict is not None and [m.config for m in result.verdict.entrants] == [A, C]
 
 
 def test_an_untuned_default_in_the_final_is_compared_by_its_time_there() -> None:
