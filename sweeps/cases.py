@@ -75,3 +75,9 @@ class Case:
 
     def with_pass(self, pass_: str) -> Case:
         return dataclasses.replace(self, pass_=pass_)
+
+
+def family(case: Case) -> tuple[Any, ...]:
+    """What neighbouring shapes have in common: everything but lengths, batch, seed and the window's size."""
+    return (case.dtype, case.heads_q, case.heads_kv, case.head_dim, case.head_dim_v, case.window is None,
+            bool(case.varlen), case.sinks)

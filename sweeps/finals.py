@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import random
 import statistics
 import time
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from sweeps.cases import PASSES, Case
+from sweeps.cases import PASSES, Case, family
 from sweeps.energy import Energy
 from sweeps.failures import message
 from sweeps.measure import (
@@ -52,6 +53,10 @@ _COOLING_S = 0.1
 _LATE_SHARE = 0.5       # of blocks in which the host came late: more make the spin longer
 _WALL_WITHIN = 0.03     # a candidate whose wall time is below the fastest one's by more than this goes on as well
 _MIN_WALL_BLOCKS = MIN_PAIRS
+# Between neighbouring shapes of a family a leader's time over the best one's was seen to change by up to this, but for
+# short sequences of few programs; rows that were exactly twice too slow were seen, too, though nobody else was at work.
+_DOUBTFUL = 1.4
+_MOST_DOUBTFUL = 2
 _DUEL_PRECISION = 0.005
 # Milliseconds until a call is done. Placements were seen to change calls of 50 us, by 1 to 2%; the blocks of calls of
 # more than this are dear, so that none should be asked for on their account.
@@ -110,8 +115,10 @@ def finals_round(rows: Iterable[Mapping[str, Any]], plan: Plan) -> list[Final]:
 
     Of every case of the plan: the candidates of ours whose interval overlaps the fastest one's or whose time is within
     ``timing.finals.within`` of it, at most ``max_entrants``; the untuned default takes the last place rather than miss
-    it; and whoever is quicker by wall time than the fastest by device time. Who is alone then goes on where the energy
-    of a whole pass is wanted.
+    it; whoever is quicker by wall time than the fastest by device time; and beyond those, of each implementation, who
+    leads on the nearest other shape, or nearly, and here seems much slower than others of it: something may have held
+    it up.
+    Who is alone then goes on where the energy of a whole pass is wanted.
 
     Args:
         rows: rows of the log; those of the environment of the last one count.
@@ -135,7 +142,10 @@ def finals_round(rows: Iterable[Mapping[str, Any]], plan: Plan) -> list[Final]:
     shapes = list(dict.fromkeys(case.shape_id for case in cases.values()))
     finals = []
     for case in sorted(cases.values(), key=lambda c: (shapes.index(c.shape_id), PASSES.index(c.pass_))):
-        entrants = _entrants(list(timed.get(case.id, {}).values()), settings)
+        own = list(timed.get(case.id, {}).values())
+        entrants = _entrants(own, settings)
+        doubtful = _doubtful(own, _next_door(case, cases.values(), timed), settings.within)
+        entrants += [row for row in doubtful if row not in entrants]
         wants_energy = settings.energy_ms > 0 and case.pass_ not in PARTS and found[-1]["gpu"] != "cpu"
         if len(entrants) > 1 or (entrants and wants_energy):
             finals.append(Final(case, tuple(trial_of(case, row) for row in entrants)))
@@ -168,6 +178,39 @@ def _entrants(rows: list[Mapping[str, Any]], settings: Finals) -> list[Mapping[s
             and quick["wall_ms"] < best["wall_ms"] * (1 - _WALL_WITHIN)):
         chosen = [*chosen[:settings.max_entrants - 1], quick]
     return chosen
+
+
+def _next_door(case: Case, cases: Iterable[Case], timed: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The timed rows of the nearest other shape of the family, by the logarithms of length, batch and window."""
+    def distance(other: Case) -> float:
+        pairs = ((case.seqlen_q, other.seqlen_q), (case.seqlen_k, other.seqlen_k), (case.batch, other.batch),
+                 (case.window or 1, other.window or 1))
+        return sum(abs(math.log(a / b)) for a, b in pairs)
+
+    others = [c for c in cases if c.id != case.id and c.pass_ == case.pass_ and family(c) == family(case)
+              and timed.get(c.id)]
+    return list(timed[min(others, key=lambda c: (distance(c), c.id)).id].values()) if others else []
+
+
+def _doubtful(rows: Iterable[Mapping[str, Any]], next_door: Iterable[Mapping[str, Any]],
+              within: float) -> list[Mapping[str, Any]]:
+    """Of each implementation those of ``rows``, two at most, that are much slower than its best of them although they
+    are the fastest of ``next_door``, or ``within`` of it."""
+    def by_impl(of: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for row in sorted(of, key=lambda row: (row["latency_ms"], row["trial"])):
+            if row["config"]:
+                found.setdefault(row["impl"], []).append(row)
+        return found
+
+    doubtful = []
+    there = by_impl(next_door)
+    for impl, ranked in by_impl(rows).items():
+        near = there.get(impl, [])
+        leaders = [row["config"] for row in near if row["latency_ms"] <= near[0]["latency_ms"] * (1 + within)]
+        doubtful += [row for row in ranked if row["config"] in leaders
+                     and row["latency_ms"] > _DOUBTFUL * ranked[0]["latency_ms"]][:_MOST_DOUBTFUL]
+    return doubtful
 
 
 def _interval(row: Mapping[str, Any]) -> tuple[float, float]:

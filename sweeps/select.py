@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sweeps.cases import Case
+from sweeps.cases import Case, family
 from sweeps.measured import (
     BACKWARD_KERNELS,
     TILE_COLUMNS,
@@ -25,7 +25,7 @@ from sweeps.measured import (
 from sweeps.paired import Ratio
 from sweeps.registry import PEERS, is_peer, peer_of
 from sweeps.store import read_finals, read_rows
-from sweeps.verdict import Contest, Neighbour, Verdict, family, find_contest, in_duel, key_of, wrong_in_final
+from sweeps.verdict import Contest, Neighbour, Verdict, find_contest, in_duel, key_of, wrong_in_final
 
 __all__ = ["BACKWARD_KERNELS", "NOT_RUN", "TILE_COLUMNS", "TILE_DEFAULTS", "CaseResult", "Measured", "Row", "Selection",
            "best_row", "config_json", "config_label", "interval", "peer_order", "select", "select_run", "tile_columns",

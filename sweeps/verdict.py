@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sweeps.cases import Case
 from sweeps.cost import flops
 from sweeps.measured import BACKWARD_KERNELS, Measured, Row, config_json
 from sweeps.paired import Ratio, ratio, standing
@@ -216,12 +215,6 @@ class Neighbour:
             return None
         return sum(known) / sum(min(ms for (impl, _), ms in table.items() if impl == candidate.impl)
                                 for table in tables)
-
-
-def family(case: Case) -> tuple[Any, ...]:
-    """What neighbouring shapes have in common: everything but lengths, batch, seed and the window's size."""
-    return (case.dtype, case.heads_q, case.heads_kv, case.head_dim, case.head_dim_v, case.window is None,
-            bool(case.varlen), case.sinks)
 
 
 def choose(tied: Sequence[Measured], neighbours: Sequence[Neighbour]) -> int:

@@ -350,6 +350,25 @@ def test_a_candidate_that_callers_wait_less_for_goes_on_too() -> None:
     assert entered(rows) == []
 
 
+def test_who_leads_next_door_and_is_twice_too_slow_here_gets_another_chance() -> None:
+    short = case("gpt-oss", "fwd", 1024, 128)
+    rows = [logged(FWD, config=tile(64, 32), ms=1.0), logged(FWD, config=tile(64, 64), ms=2.0),
+            logged(FWD, config=tile(64, 128), ms=2.5),
+            logged(short, config=tile(64, 32), ms=0.31), logged(short, config=tile(64, 64), ms=0.30)]
+    assert entered(rows) == [[tile(64, 32), tile(64, 64)]]
+    nearly = [logged(FWD, config=tile(64, 16), ms=2.1), logged(short, config=tile(64, 16), ms=0.303)]
+    assert entered([*rows, *nearly]) == [[tile(64, 32), tile(64, 64), tile(64, 16)], [tile(64, 64), tile(64, 16)]]
+    other = {"BLOCK_M": 192, "BLOCK_N": 128, "num_stages": 2}
+    rows.append(logged(FWD, "hopper", config=other, ms=0.7))    # the leader's own family of kernels is what counts
+    assert entered(rows) == [[other, tile(64, 64)]]
+    rows[1] = logged(FWD, config=tile(64, 64), ms=1.35)
+    assert entered(rows) == []
+    # a shape of another family, or another pass, says nothing
+    for elsewhere in (case("gpt-oss", "fwd", 1024, None), case("gpt-oss", "bwd_dq", 1024, 128)):
+        assert entered([*rows[:1], logged(FWD, config=tile(64, 64), ms=2.0),
+                        logged(elsewhere, config=tile(64, 64), ms=0.3)]) == []
+
+
 def test_an_unnamed_default_does_not_run_beside_its_named_twin() -> None:
     rows = [logged(FWD, config={}, ms=1.0, is_default=True, binary="x"),
             logged(FWD, config=tile(64, 64), ms=1.001, binary="x"), logged(FWD, config=tile(64, 32), ms=1.002)]
