@@ -97,7 +97,8 @@ _WINDOW: dict[str, tuple[TileConfig, ...]] = {
                  TileConfig(32, 64, 4, 3, SPLIT_LOOPS=False), TileConfig(16, 64, 4, 3, SPLIT_LOOPS=False)),
 }
 _WINDOW_SMALL_DIM: dict[str, tuple[TileConfig, ...]] = {
-    "fwd": (),
+    "fwd": (TileConfig(64, 64, 4, 2, PACK_GQA=True, SPLIT_LOOPS=False, TMA=True, REGISTER_A=True, TAIL_N=16,
+                       BRANCH_MASKS=True),),
     "bwd_dq": (TileConfig(64, 32, 4, 2, PACK_GQA=True, SPLIT_LOOPS=False, TMA=True),
                TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False, TMA=True), TileConfig(64, 32, 4, 3, SPLIT_LOOPS=False)),
     "bwd_dkdv": (TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False, TMA=True, BRANCH_MASKS=True),
@@ -138,10 +139,13 @@ def _for_this_size(kernel: Kernel, key: ShapeKey, small: bool) -> tuple[TileConf
         return (TileConfig(64, 64, 4, 3 if key.window is None else 2, SPLIT_LOOPS=False, TMA=True, BRANCH_MASKS=True),)
     if kernel == "fwd" and wants_more_at_once(key):
         return (TileConfig(64, 64, 4, 3, TMA=True),)
-    if kernel == "fwd" and key.window is not None and key.window >= 512:  # most of its tiles need no mask
-        return (TileConfig(64, 32, 4, 2, PACK_GQA=True, TMA=True),)
-    if kernel == "fwd" and key.window is not None and key.varlen:  # the tail of a packed sequence costs registers
-        return (TileConfig(64, 32, 4, 3, PACK_GQA=True, SPLIT_LOOPS=False),)
+    if kernel == "fwd" and key.window is not None and key.window >= 512 and not small:  # its rows see many tiles of 32
+        return (TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False, TMA=True, REGISTER_A=True, BRANCH_MASKS=True),)
+    if kernel == "bwd_dq" and key.window is not None and key.window >= 512 and small:
+        return (TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False, TMA=True, BRANCH_MASKS=True),)
+    if kernel == "fwd" and key.window is not None and key.varlen:  # by TMA the tile at a sequence's end costs registers
+        return (TileConfig(64, 32, 4, 3, PACK_GQA=True, SPLIT_LOOPS=False, TAIL_N=16 if small else 0,
+                           BRANCH_MASKS=not small),)
     return ()
 
 
