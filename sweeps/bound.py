@@ -67,8 +67,9 @@ class Bound:
     wasted: float
 
 
-def steps_of(case: Case, config: Mapping[str, Any]) -> Counter[int]:
-    """Steps of a program -> how many programs take so many. The ranges are those of the kernels' own loops.
+def steps_of(case: Case, config: Mapping[str, Any]) -> Counter[float]:
+    """Steps of a program -> how many programs take so many. The ranges are those of the kernels' own loops; a tail of
+    TAIL_N keys is as much of a step as it is of BLOCK_N.
 
     Raises:
         ValueError: a pass of several kernels; each of its kernels has steps of its own.
@@ -79,7 +80,8 @@ def steps_of(case: Case, config: Mapping[str, Any]) -> Counter[int]:
     sequences = Counter(((length, length) for length in case.seqlens) if case.varlen
                         else [(case.seqlen_q, case.seqlen_k)] * case.batch)
     packed = group if config.get("PACK_GQA") else 1
-    found: Counter[int] = Counter()
+    found: Counter[float] = Counter()
+    tail = 0 if case.varlen and config.get("TMA") else config.get("TAIL_N") or 0
     for (len_q, len_k), times in sequences.items():
         offset = len_k - len_q
         if case.pass_ == "bwd_dkdv":
@@ -91,7 +93,8 @@ def steps_of(case: Case, config: Mapping[str, Any]) -> Counter[int]:
         for start in range(0, len_q * packed, m):
             last = min((start + m - 1) // packed, len_q - 1) + offset
             begin = 0 if case.window is None else max(start // packed + offset - case.window + 1, 0)
-            found[max(-(-(last + 1 - begin) // n), 0)] += times * case.heads_q // packed
+            whole, rest = divmod(max(last + 1 - begin, 0), n)
+            found[whole + (tail / n if 0 < rest <= tail else rest > 0)] += times * case.heads_q // packed
     return found
 
 
@@ -148,7 +151,7 @@ def _cycles(case: Case, config: Mapping[str, Any], card: Card) -> tuple[float, f
             (tile + (config["BLOCK_M"] if case.pass_ == "fwd" else 0)) / EXP_PER_CLOCK)
 
 
-def _throughput(case: Case, card: Card, steps: Counter[int], tensor: float, exp: float) -> dict[str, float]:
+def _throughput(case: Case, card: Card, steps: Counter[float], tensor: float, exp: float) -> dict[str, float]:
     programs, total = steps.total(), sum(n * times for n, times in steps.items())
     share = max(total / card.sms, max(steps), math.ceil(programs / card.sms) * min(steps))
     ms = share / ((card.boost_mhz or 0.0) * 1e3)

@@ -74,6 +74,19 @@ def test_packing_and_varlen_count_programs_as_the_launcher_does() -> None:
     assert steps_of(varlen, TILE) == {2: 128, 4: 64}
 
 
+def test_a_tail_is_a_part_of_a_step() -> None:
+    """Eight tokens of eight heads see 135 keys under a window of 128: two tiles of 64, and 7 keys in one of 16."""
+    case = dataclasses.replace(GPT_OSS, window=128)
+    tile = TILE | {"BLOCK_M": 64, "BLOCK_N": 64, "PACK_GQA": True}
+    assert max(steps_of(case, tile)) == 3 and max(steps_of(case, tile | {"TAIL_N": 16})) == 2.25
+    assert steps_of(case, tile | {"TAIL_N": 16}).total() == steps_of(case, tile).total()
+    # 23 keys are too many for it
+    assert max(steps_of(dataclasses.replace(case, window=128 + 16), tile | {"TAIL_N": 16})) == 3
+    varlen = dataclasses.replace(case, varlen="two", seqlens=(640, 1280), batch=2, seqlen_q=1280, seqlen_k=1280)
+    assert max(steps_of(varlen, tile | {"TAIL_N": 16})) == 2.25
+    assert max(steps_of(varlen, tile | {"TAIL_N": 16, "TMA": True})) == 3
+
+
 def test_the_bound_names_what_binds() -> None:
     assert H100 is not None
     # Head dim 128, long and causal, few steps wasted: the tensor cores; a short window: memory or latency.
