@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import random
 import statistics
 import time
@@ -20,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from flash_sink_attn.nearest import distance
 from sweeps.cases import PASSES, Case, family
 from sweeps.energy import Energy
 from sweeps.failures import message
@@ -35,6 +35,7 @@ from sweeps.measure import (
     relative_half_width,
     spin_for,
 )
+from sweeps.ours import shape_key
 from sweeps.paired import MIN_PAIRS, Standing, standing
 from sweeps.plan import PARTS, Plan, Trial
 from sweeps.registry import is_peer
@@ -53,8 +54,8 @@ _COOLING_S = 0.1
 _LATE_SHARE = 0.5       # of blocks in which the host came late: more make the spin longer
 _WALL_WITHIN = 0.03     # a candidate whose wall time is below the fastest one's by more than this goes on as well
 _MIN_WALL_BLOCKS = MIN_PAIRS
-# Between neighbouring shapes of a family a leader's time over the best one's was seen to change by up to this, but for
-# short sequences of few programs; rows that were exactly twice too slow were seen, too, though nobody else was at work.
+# Of a leader next door over the best one here. In two sweeps it was more in six and seven rows, backwards of short
+# sequences, which are timed again for nothing, and in one row each that was twice too slow though nobody was at work.
 _DOUBTFUL = 1.4
 _MOST_DOUBTFUL = 2
 _DUEL_PRECISION = 0.005
@@ -117,8 +118,7 @@ def finals_round(rows: Iterable[Mapping[str, Any]], plan: Plan) -> list[Final]:
     ``timing.finals.within`` of it, at most ``max_entrants``; the untuned default takes the last place rather than miss
     it; whoever is quicker by wall time than the fastest by device time; and beyond those, of each implementation, who
     leads on the nearest other shape, or nearly, and here seems much slower than others of it: something may have held
-    it up.
-    Who is alone then goes on where the energy of a whole pass is wanted.
+    it up. Who is alone then goes on where the energy of a whole pass is wanted.
 
     Args:
         rows: rows of the log; those of the environment of the last one count.
@@ -181,15 +181,13 @@ def _entrants(rows: list[Mapping[str, Any]], settings: Finals) -> list[Mapping[s
 
 
 def _next_door(case: Case, cases: Iterable[Case], timed: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The timed rows of the nearest other shape of the family, by the logarithms of length, batch and window."""
-    def distance(other: Case) -> float:
-        pairs = ((case.seqlen_q, other.seqlen_q), (case.seqlen_k, other.seqlen_k), (case.batch, other.batch),
-                 (case.window or 1, other.window or 1))
-        return sum(abs(math.log(a / b)) for a, b in pairs)
-
+    """The timed rows of the nearest other shape of the family, by the measure that the dispatcher has."""
     others = [c for c in cases if c.id != case.id and c.pass_ == case.pass_ and family(c) == family(case)
               and timed.get(c.id)]
-    return list(timed[min(others, key=lambda c: (distance(c), c.id)).id].values()) if others else []
+    if not others:
+        return []
+    nearest = min(others, key=lambda c: (distance(case.pass_, shape_key(case), shape_key(c)), c.id))
+    return list(timed[nearest.id].values())
 
 
 def _doubtful(rows: Iterable[Mapping[str, Any]], next_door: Iterable[Mapping[str, Any]],
