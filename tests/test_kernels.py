@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 
 from flash_sink_attn import dispatch
+from flash_sink_attn.config import PORTABLE, AttnConfig, TileConfig
 from flash_sink_attn.dispatch import device_info
 from flash_sink_attn.hopper import support
 from flash_sink_attn.kernels.backward_dkdv import divide
@@ -187,11 +190,12 @@ def test_varlen(
         assert_right(x, window=window, config=config)
 
 
-@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(("tma", "branch"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("window", [None, 9])
-def test_packed_sequences_do_not_see_each_other(window: int | None, tma: bool) -> None:
+def test_packed_sequences_do_not_see_each_other(window: int | None, tma: bool, branch: bool) -> None:
     """Not even what is not a number in the rows right after a sequence, which its last tiles reach into."""
-    config = tiles(32, 32, TMA=tma and HAS_TMA, REGISTER_A=tma, SPLIT_LOOPS=window is None)
+    config = tiles(32, 32, TMA=tma and HAS_TMA, REGISTER_A=tma, SPLIT_LOOPS=window is None and not branch,
+                   BRANCH_MASKS=branch, TAIL_N=16 if branch else 0)
     x = make_inputs(heads_q=2, heads_kv=1, head_dim=16, dtype=torch.float16, device=DEVICE, seqlens=[37, 20, 45])
     clean = run_kernels(x, window=window, config=config)
     poisoned = {name: getattr(x, name).clone() for name in ("q", "k", "v", "do")}
@@ -219,6 +223,33 @@ def test_wrong_cu_seqlens_stay_in_bounds(values: list[int]) -> None:
     run_kernels(x, window=5, config=tiles(16, 16))
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+def tuned_tiles() -> list[Any]:
+    """Every portable configuration of the packaged tables, once per head dims, group and kind of window."""
+    found = {}
+    for path in sorted((Path(dispatch.__file__).parent / "tuned").glob("*.json")):
+        for entry in json.loads(path.read_text())["entries"]:
+            key, kernel = entry["key"], entry["kernel"]
+            if kernel not in PORTABLE:
+                continue
+            window = None if key["window"] is None else 700 if key["window"] >= 512 else 93
+            group = key["heads_q"] // key["heads_kv"]
+            what = (kernel, key["head_dim"], key["head_dim_v"], group, window, key["varlen"])
+            found[(*what, json.dumps(entry["config"], sort_keys=True))] = pytest.param(
+                *what, TileConfig.from_dict(entry["config"]), id=f"{len(found)}-{'-'.join(map(str, what))}")
+    return list(found.values())
+
+
+@needs_cuda
+@pytest.mark.parametrize(("kernel", "head_dim", "head_dim_v", "group", "window", "varlen", "tile"), tuned_tiles())
+def test_what_the_tuned_tables_choose_at_lengths_that_no_tile_divides(
+    kernel: str, head_dim: int, head_dim_v: int, group: int, window: int | None, varlen: bool, tile: TileConfig
+) -> None:
+    lengths: dict[str, Any] = ({"seqlens": [333, 0, 1, 450]} if varlen else {"seqlen_q": 333, "seqlen_k": 777})
+    x = make_inputs(**lengths, heads_q=2 * group, heads_kv=2, head_dim=head_dim, head_dim_v=head_dim_v,
+                    dtype=torch.bfloat16, device=DEVICE)
+    assert_right(x, window=window, config=AttnConfig(**{kernel: tile}))  # type: ignore[arg-type]
 
 
 def test_backward_is_bitwise_repeatable() -> None:
