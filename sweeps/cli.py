@@ -48,7 +48,7 @@ from sweeps.plan import Plan, make_plan
 from sweeps.predict import history, machine_of, predict
 from sweeps.registry import load
 from sweeps.report import write_report
-from sweeps.reporting_commands import board_command, compare_command, report_command
+from sweeps.reporting_commands import board_command, compare_command, packed_command, report_command
 from sweeps.runner import Phase, RunError, RunSummary
 from sweeps.runner import run as run_trials
 from sweeps.search import Search, exhaustive_line, from_exhaustive, read_records, write_record
@@ -208,6 +208,7 @@ def doctor() -> None:
 
 app.command("report")(report_command)
 app.command("board")(board_command)
+app.command("packed")(packed_command)
 app.command("compare")(compare_command)
 
 

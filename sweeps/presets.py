@@ -58,5 +58,6 @@ VARLEN: dict[str, VarlenBatch] = {
         VarlenBatch("upstream", (2271, 4212, 1152), (177,)),     # upstream's benchmark_varlen.py
         VarlenBatch("skewed", (8192, 3, 1, 1024, 517, 2048, 65, 4096)),
         VarlenBatch("even", (2048, 2048, 2048, 2048)),
+        VarlenBatch("one_long", (8192, *(128,) * 63)),
     )
 }

@@ -1,4 +1,4 @@
-"""The commands that read runs and write about them: ``python -m sweeps report``, ``board`` and ``compare``."""
+"""The commands that read runs and write about them: ``report``, ``board``, ``packed`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from sweeps.board import board_markdown, boards
 from sweeps.compare import OURS, SAME_WITHIN, CompareError, FailOn, compare
 from sweeps.compare_text import comparison_markdown, comparison_table, control_line, headline
 from sweeps.console import make_console
+from sweeps.packed import packing_markdown, packings
 from sweeps.report import write_report
-from sweeps.select import select_run
+from sweeps.select import Selection, select_run
 from sweeps.store import StoreError, read_environment
 
 BROKEN, REFUSED = 1, 2
@@ -54,11 +55,14 @@ def board_command(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
 ) -> None:
     """Ours against the fastest peer of a run in Markdown: a ratio per case, their geometric mean, the worst one."""
-    try:
-        found = boards(select_run(run_dir).on(read_environment(run_dir)["gpu"]))
-    except (StoreError, OSError) as error:
-        _fail(BROKEN, str(error))
-    typer.echo("\n\n".join(map(board_markdown, found)) or "No case of ours was tried.")
+    typer.echo("\n\n".join(map(board_markdown, boards(_selection(run_dir)))) or "No case of ours was tried.")
+
+
+def packed_command(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+) -> None:
+    """Packed batches of a run beside the same sequences in calls of a fixed length, in Markdown."""
+    typer.echo(packing_markdown(packings(_selection(run_dir))))
 
 
 def compare_command(
@@ -110,6 +114,14 @@ def compare_command(
         console.print(f"[red]fails:[/] {escape(line)}", highlight=False, soft_wrap=True)
     if broken:
         raise typer.Exit(BROKEN)
+
+
+def _selection(run_dir: Path) -> Selection:
+    """What a run measured on its own card."""
+    try:
+        return select_run(run_dir).on(read_environment(run_dir)["gpu"])
+    except (StoreError, OSError) as error:
+        _fail(BROKEN, str(error))
 
 
 def _fail(code: int, message: str) -> NoReturn:

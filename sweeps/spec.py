@@ -90,7 +90,7 @@ class Shapes(Section):
         window: keys a query sees, its own counted; null = causal only. Default: the varlen batch's own, else the
             model's own, else null.
         dtype: bfloat16 (default), float16.
-        varlen: packed batches by name (upstream, skewed, even), or {name: ..., seqlens: [...]}.
+        varlen: packed batches by name (upstream, skewed, even, one_long), or {name: ..., seqlens: [...]}.
         sinks: whether there are sinks; default true.
     """
 

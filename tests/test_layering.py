@@ -37,7 +37,7 @@ SWEEPS = (
     ("repeat",),
     ("repeat_runs",),
     ("tables", "sittings"),
-    ("overview", "board", "trial_table", "terminal_answer", "compile_table", "replay"),
+    ("overview", "board", "packed", "trial_table", "terminal_answer", "compile_table", "replay"),
     ("plot_style",),
     ("heatmaps",),
     ("plots", "chart_data", "charts"),

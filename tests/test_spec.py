@@ -393,6 +393,7 @@ def test_shipped_configs_name_their_cards() -> None:
         "heldout": "H100",
         "repeat": "H100",
         "board": "H100",
+        "packed": "cuda",
     }
     assert [name for name, d in devices.items() if not d.measured] == ["h20"]
 
