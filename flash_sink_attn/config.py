@@ -109,8 +109,7 @@ class TileConfig(_Config):
             the matrix instruction can take its first operand from, instead of in shared memory, which it then reads
             for every step. With TMA that tile comes through descriptors, too.
         TAIL_N: ``fwd`` only, 0, 16, 32 or 64 and below ``BLOCK_N``: if no more keys than this are left after the last
-            whole tile, they are a tile of this width, loaded before the loop; 0 for one more tile of BLOCK_N. Without
-            effect on packed batches that come by TMA.
+            whole tile, they are a tile of this width, loaded before the loop; 0 for one more tile of BLOCK_N.
         BRANCH_MASKS: one loop only: a tile gets a mask by a branch where the window's edge or the diagonal cuts it.
     """
 

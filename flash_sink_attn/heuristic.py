@@ -143,9 +143,6 @@ def _for_this_size(kernel: Kernel, key: ShapeKey, small: bool) -> tuple[TileConf
         return (TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False, TMA=True, REGISTER_A=True, BRANCH_MASKS=True),)
     if kernel == "bwd_dq" and key.window is not None and key.window >= 512 and small:
         return (TileConfig(64, 64, 4, 3, SPLIT_LOOPS=False, TMA=True, BRANCH_MASKS=True),)
-    if kernel == "fwd" and key.window is not None and key.varlen:  # by TMA the tile at a sequence's end costs registers
-        return (TileConfig(64, 32, 4, 3, PACK_GQA=True, SPLIT_LOOPS=False, TAIL_N=16 if small else 0,
-                           BRANCH_MASKS=not small),)
     return ()
 
 
@@ -177,7 +174,7 @@ def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
             special = tuple(dataclasses.replace(c, HEADS=min(c.HEADS, 1)) if c.PACK_HEADS else c for c in special)
         special = tuple(c for c in special if not idles(c, key) and (not c.HEADS or fits_ring(c, key.window)))
     else:
-        plain = key.head_dim == key.head_dim_v == 128 and key.window is None and not key.varlen
+        plain = key.head_dim == key.head_dim_v == 128 and key.window is None
         special = (_HOPPER_FWD_128 if plain else ()) if not small else (
             _HOPPER_FWD_192 if tiles_of_192(key) else _HOPPER_FWD_256)
     return (*special, *_HOPPER_FWD)

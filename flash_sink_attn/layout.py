@@ -9,6 +9,7 @@ import torch
 # Offsets inside a tile are 32-bit: at most 256 rows times a stride.
 _MAX_STRIDE = 2**31 // 256 - 1
 LOG2E = 1.4426950408889634
+CLIP = 2**30     # see clipping; more tokens than a sequence has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,19 @@ class Sequences:
 
     def tiles(self, length: int, rows_per_token: int, block: int) -> int:
         """Tiles of one sequence, or an upper bound on those of all sequences when varlen."""
-        whole = -(-length * rows_per_token // block)
-        return whole + self.batch if self.varlen else whole
+        return length * rows_per_token // block + self.batch if self.varlen else -(-length * rows_per_token // block)
+
+
+def clipping(tokens: int, stride: int, element_size: int) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the three dimensions that a packed batch's tokens are in a descriptor that clips.
+
+    The copy engine knows nothing of sequences, but beyond a dimension it fills in zeros and writes nothing. Row r of
+    the sequence of ``length`` tokens that begins at token ``start`` is at (CLIP, start + length, CLIP - length + r):
+    beyond the sequence that is beyond the third dimension. Addresses are sums modulo 2**64, in which all but (start +
+    r) * stride cancels out (Triton's ragged descriptors do the same). r must not be negative; a load wholly outside
+    touches the tensor's first address, and so a descriptor that begins before the tensor instead would crash there.
+    """
+    return [CLIP + 1, tokens + 1, CLIP], [2**34 // element_size - stride, stride, stride]
 
 
 def launchable(x: torch.Tensor) -> torch.Tensor:

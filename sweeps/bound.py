@@ -81,7 +81,7 @@ def steps_of(case: Case, config: Mapping[str, Any]) -> Counter[float]:
                         else [(case.seqlen_q, case.seqlen_k)] * case.batch)
     packed = group if config.get("PACK_GQA") else 1
     found: Counter[float] = Counter()
-    tail = 0 if case.varlen and config.get("TMA") else config.get("TAIL_N") or 0
+    tail = config.get("TAIL_N") or 0
     for (len_q, len_k), times in sequences.items():
         offset = len_k - len_q
         if case.pass_ == "bwd_dkdv":

@@ -31,9 +31,7 @@ for _name in ("64", "128-recompute", "256"):
 CASES["64-slide-no-sinks"] = case(FAMILIES["64-slide"], seqlen_q=4096, sinks="none", group=7, dtype="float16")
 # Kernels with a loop that multiplies and loads or stores what did not fit in registers: addresses, and at head dim 128
 # some of the masks' operands. What gets better has to leave this list.
-SPILLING = {"128-varlen": {"keys"}, "128-own-keys": {"keys"}, "128-ordered-window": {"keys"},
-            "128-recompute-own-keys": {"keys"},
-            "64-slide-varlen": {"slide"}}
+SPILLING = {"128-own-keys": {"keys"}, "128-ordered-window": {"keys"}}
 
 # In a process of its own: it must neither touch a GPU nor enter the interpreter.
 CODE = """

@@ -34,13 +34,14 @@ from flash_sink_attn.hopper.common import (
     hide,
     hold_half,
     largest,
+    load_block,
+    place_of,
     quads,
     reaches,
     rescale,
-    store_bulk,
+    store_block,
     tile_of,
     tile_of_round,
-    zero_rows,
 )
 
 
@@ -50,7 +51,7 @@ def _tile(round, work, GROUP: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.con
     lengths and beginnings of queries and keys, first key, blocks of keys)."""
     window = work[7]
     ok, b, head_kv, member, first, len_q, len_k, start_q, start_k = tile_of(
-        tile_of_round(round), work, GROUP, 1, 64, VARLEN, 4)
+        tile_of_round(round), work, GROUP, 1, 64, VARLEN)
     offset = len_k - len_q
     end = gl.minimum(first + 64, len_q) + offset
     begin = 0
@@ -61,6 +62,27 @@ def _tile(round, work, GROUP: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.con
 
 
 @gluon.jit
+def _place(ok, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks, seqlen_q, seqlen_k,
+           VARLEN: gl.constexpr):
+    """What :func:`_tile` found as ``following`` of :func:`_bring`."""
+    q_b, q_row = place_of(b, start_q, len_q, VARLEN)
+    k_b, k_row = place_of(b, start_k, len_k, VARLEN)
+    return ok, q_b, q_row + first, head, k_b, k_row + begin + (blocks - 1) * 64, head_kv
+
+
+@gluon.jit
+def _round_with_tile(round, work, GROUP: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr):
+    """The first round from ``round`` on in which a packed batch's program has a tile; where there is none, the last."""
+    rounds = gl.cdiv(work[4], gl.num_programs(0))
+    round = gl.to_tensor(round)
+    found = _tile(round, work, GROUP, VARLEN, WINDOW)[0]
+    while (round < rounds) & (not found):
+        round += 1
+        found = _tile(round, work, GROUP, VARLEN, WINDOW)[0]
+    return round
+
+
+@gluon.jit
 def _scores(q, k_smem, D: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Starts S = Q K^T."""
     return warpgroup_mma(q, k_smem.reshape([64, D]).permute((1, 0)), gl.zeros([64, 64], gl.float32, S_LAYOUT),
@@ -68,16 +90,18 @@ def _scores(q, k_smem, D: gl.constexpr, S_LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _first(descs, smem, bars, b, head_q, head, token, key):
-    """Starts the copies of q and the first K of a tile that no step has started them for."""
+def _first(descs, smem, bars, place):
+    """Starts the copies of q and the first K of a tile that no step has started them for; place: as ``following`` of
+    :func:`_bring`."""
+    ok, q_b, token, head_q, k_b, key, head = place
     q_desc, k_desc, v_desc = descs
     q_smem, k_smem, v_smem = smem
     q_ready, k_ready, v_ready = bars
     mbarrier.expect(q_ready, q_desc.block_type.nbytes)
     mbarrier.expect(k_ready, k_desc.block_type.nbytes)
     gl.thread_barrier()
-    tma.async_copy_global_to_shared(q_desc, [b, token, head_q, 0], q_ready, q_smem)
-    tma.async_copy_global_to_shared(k_desc, [b, key, head, 0], k_ready, k_smem)
+    load_block(q_desc, q_b, token, head_q, 0, q_ready, q_smem)
+    load_block(k_desc, k_b, key, head, 0, k_ready, k_smem)
 
 
 @gluon.jit
@@ -96,9 +120,9 @@ def _bring(descs, smem, bars, here, following, key, slot, more):
     """Starts the copies of a step, into slots that nobody reads any more.
 
     Args:
-        here: (member of the batch, key head, where its keys begin) of the tile.
-        following: of the program's next tile: (whether there is one, member of the batch, query and key head, row of
-            its q, row of its first block of keys).
+        here: where the descriptors have the keys' row 0, two coordinates, and the key head.
+        following: of the program's next tile: whether there is one; where its q is, two coordinates, and its query
+            head; where its first block of keys is, and its key head.
         key: first key of the step's block.
         slot: of its V.
         more: whether the tile has another block.
@@ -106,12 +130,12 @@ def _bring(descs, smem, bars, here, following, key, slot, more):
     q_desc, k_desc, v_desc = descs
     q_smem, k_smem, v_smem = smem
     q_ready, k_ready, v_ready = bars
-    b, head, start_k = here
-    n_ok, n_b, n_head_q, n_head, n_token, n_key = following
-    tma.async_copy_global_to_shared(k_desc, [gl.where(more, b, n_b), gl.where(more, start_k + key - 64, n_key),
-                                             gl.where(more, head, n_head), 0], k_ready, k_smem, pred=more | n_ok)
-    tma.async_copy_global_to_shared(v_desc, [b, start_k + key, head, 0], v_ready, v_smem.index(slot))
-    tma.async_copy_global_to_shared(q_desc, [n_b, n_token, n_head_q, 0], q_ready, q_smem, pred=n_ok & (not more))
+    b, row, head = here
+    n_ok, n_q_b, n_token, n_head_q, n_k_b, n_key, n_head = following
+    load_block(k_desc, gl.where(more, b, n_k_b), gl.where(more, row + key - 64, n_key), gl.where(more, head, n_head), 0,
+               k_ready, k_smem, pred=more | n_ok)
+    load_block(v_desc, b, row + key, head, 0, v_ready, v_smem.index(slot))
+    load_block(q_desc, n_q_b, n_token, n_head_q, 0, q_ready, q_smem, pred=n_ok & (not more))
 
 
 @gluon.jit
@@ -146,10 +170,9 @@ def _step(acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, win
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "num_tiles", "tiles_per_unit", "section",
                               "window"])
 def hopper_alone_kernel(
-    q_desc, k_desc, v_desc, o_desc, O, Sinks, Lse, CuSeqlensQ, CuSeqlensK,
+    q_desc, k_desc, v_desc, o_desc, Sinks, Lse, CuSeqlensQ, CuSeqlensK,
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, scale_log2,
-    GROUP: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr,
-    SPLIT_LOOPS: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, SPLIT_LOOPS: gl.constexpr,
 ):
     """Persistent over tiles of 64 rows of one head: tile, tile + programs, ...
 
@@ -182,16 +205,21 @@ def hopper_alone_kernel(
     # blocks so far, and the parity of the next tile's q
     j = 0
     q_parity = 0
-    ok, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks = _tile(0, work, GROUP, VARLEN, WINDOW)
+    at = 0
+    if VARLEN:
+        at = _round_with_tile(0, work, GROUP, VARLEN, WINDOW)
+    ok, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks = _tile(at, work, GROUP, VARLEN, WINDOW)
     if ok:
-        _first(descs, smem, bars, b, head, head_kv, start_q + first, start_k + begin + (blocks - 1) * 64)
+        _first(descs, smem, bars, _place(ok, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks,
+                                         seqlen_q, seqlen_k, VARLEN))
     for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
         if ok:
             if VARLEN:
                 # found again: kept over a tile, it would take more registers than there are
                 _, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks = _tile(
-                    round, work, GROUP, VARLEN, WINDOW)
-            here = (b, head_kv, start_k)
+                    at, work, GROUP, VARLEN, WINDOW)
+            k_b, k_row = place_of(b, start_k, len_k, VARLEN)
+            here = (k_b, k_row, head_kv)
             # positions in key coordinates (bottom-right aligned) of the first and the last row
             earliest = first + len_k - len_q
             reach = reaches(earliest, quads(gl.zeros([64, 64], gl.float32, S_LAYOUT)))
@@ -212,9 +240,13 @@ def hopper_alone_kernel(
             mbarrier.wait(k_ready, j & 1)
             s = _scores(q_smem.reshape([64, D]), k_smem, D, S_LAYOUT)
             # while the tensor cores are busy: what comes after this tile, and its sink
+            n_at = round + 1
+            if VARLEN:
+                n_at = _round_with_tile(at + 1, work, GROUP, VARLEN, WINDOW)
             n_ok, n_b, n_head_kv, n_head, n_first, n_len_q, n_len_k, n_start_q, n_start_k, n_begin, n_blocks = _tile(
-                round + 1, work, GROUP, VARLEN, WINDOW)
-            following = (n_ok, n_b, n_head, n_head_kv, n_start_q + n_first, n_start_k + n_begin + (n_blocks - 1) * 64)
+                n_at, work, GROUP, VARLEN, WINDOW)
+            following = _place(n_ok, n_b, n_head_kv, n_head, n_first, n_len_q, n_len_k, n_start_q, n_start_k, n_begin,
+                               n_blocks, seqlen_q, seqlen_k, VARLEN)
             if Sinks is not None:
                 sink = gl.load(Sinks + head).to(gl.float32) * LOG2E
             _expect(descs, bars, n_ok, more)
@@ -231,9 +263,6 @@ def hopper_alone_kernel(
             p16 = hold_half(gl.convert_layout(p.to(dtype), P_LAYOUT))
             mbarrier.wait(k_ready, (j + 1) & 1, pred=more)
             mbarrier.wait(v_ready, j & 1)
-            if VARLEN:
-                if key + 64 > len_k:
-                    zero_rows(v_smem.index(j & 1).reshape([64, D]), 0, len_k - key, 64, D)
             j += 1
             for n in range(1, diagonal):
                 key -= 64
@@ -277,19 +306,14 @@ def hopper_alone_kernel(
             hold_half(p16)
             o = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT)), 1)
             o = o.to(dtype)
-            if VARLEN and first + 64 > len_q:
-                # a copy of 64 rows would overwrite the next sequence's
-                column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT)), 0)
-                out = gl.expand_dims(first + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT)), 1)
-                at_o = ((start_q + out).to(gl.int64) * (heads_kv * GROUP) + head) * D_TRUE + column
-                gl.store(O + at_o, o, mask=(out < len_q) & (column < D_TRUE))
-            else:
-                # every warp has read the slot
-                gl.thread_barrier()
-                v_smem.index(last).reshape([64, D]).store(o)
-                fence_async_shared()
-                store_bulk(o_desc, [b, start_q + first, head, 0], v_smem.index(last))
-            # what comes after a tile that is none is none either
+            # every warp has read the slot
+            gl.thread_barrier()
+            v_smem.index(last).reshape([64, D]).store(o)
+            fence_async_shared()
+            o_b, o_row = place_of(b, start_q, len_q, VARLEN)
+            store_block(o_desc, o_b, o_row + first, head, 0, v_smem.index(last))
+            if VARLEN:
+                at = n_at
             ok = n_ok
             b = n_b
             head_kv = n_head_kv

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from flash_sink_attn.hopper.common import sequence_bounds
 
@@ -13,44 +12,11 @@ from flash_sink_attn.hopper.common import sequence_bounds
 
 
 @gluon.jit
-def find_padded(cu_seqlens, batch, total, tile, BLOCK: gl.constexpr, NUM_WARPS: gl.constexpr):
-    """Map a tile number to (sequence, its first token, its length, tile within it) where sequence i's tiles begin at
-    number start_i // BLOCK + i: far enough apart for all of them, and without a sum over sequences."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([4 // NUM_WARPS], [32], [NUM_WARPS], [0])
-    count = 0
-    lane = gl.arange(0, 128, layout=LAYOUT)
-    for first in range(0, batch, 128):
-        index = first + lane
-        start = gl.load(cu_seqlens + index, mask=index < batch, other=0)
-        start = gl.minimum(gl.maximum(start, 0), total)
-        begun = (index < batch) & (start // BLOCK + index <= tile)
-        count += gl.sum(begun.to(gl.int32), axis=0)
-    sequence = gl.maximum(count - 1, 0)
-    start, length = sequence_bounds(cu_seqlens, sequence, total)
-    return sequence, start, length, tile - start // BLOCK - sequence
-
-
-@gluon.jit
 def other_bounds(cu_seqlens, sequence, total, start, length):
     """Bounds of the other side's sequence, where that has its own."""
     if cu_seqlens is not None:
         start, length = sequence_bounds(cu_seqlens, sequence, total)
     return start, length
-
-
-@gluon.jit
-def zero_rows(tile, rows, BLOCK: gl.constexpr, D: gl.constexpr):
-    """Zeroes the rows of a tile from ``rows`` on: what the copy engine brought from the next sequence of a packed batch
-    would meet P = 0 there, and 0 * NaN is NaN. Every warpgroup does it for itself, before its first use."""
-    LANES: gl.constexpr = D // 8 if D < 256 else 32
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
-    row = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
-    for i in gl.static_range(BLOCK // 16):
-        part = tile.slice(i * 16, 16, dim=0)
-        x = part.load(LAYOUT)
-        part.store(gl.where(gl.expand_dims(row + i * 16 < rows, 1), x, gl.zeros_like(x)))
-    fence_async_shared()
-    gl.thread_barrier()
 
 
 @gluon.jit

@@ -23,7 +23,6 @@ from flash_sink_attn.hopper.backward_common import (
     scratch_offsets,
     scratch_put,
     sum_sinks,
-    zero_rows,
 )
 from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, keep_order, key_tile, next_tile
 from flash_sink_attn.hopper.common import (
@@ -34,7 +33,9 @@ from flash_sink_attn.hopper.common import (
     barrier_wait,
     barriers_declare,
     hold_half,
-    store_bulk,
+    load_block,
+    place_of,
+    store_block,
 )
 
 
@@ -48,18 +49,18 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
     kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED, 1)
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED)
+    q_b, q_row = place_of(b, start_q, len_q, VARLEN)
+    k_b, k_row = place_of(b, start_k, len_k, VARLEN)
     if ORDERED:
         # With the wait behind these loads ptxas puts the multiplications of dS elsewhere, 5% slower at head dim 128.
         await_launch_before()
     if ok:
         mbarrier.expect(kv_ready, 2 * WARPGROUPS * k_desc.block_type.nbytes)
         for c in gl.static_range(WARPGROUPS):
-            tma.async_copy_global_to_shared(k_desc, [b, start_k + first_key + c * 64, head, 0], kv_ready,
-                                            k_smem.index(c))
+            load_block(k_desc, k_b, k_row + first_key + c * 64, head, 0, kv_ready, k_smem.index(c))
         for c in gl.static_range(WARPGROUPS):
-            tma.async_copy_global_to_shared(v_desc, [b, start_k + first_key + c * 64, head, 0], kv_ready,
-                                            v_smem.index(c))
+            load_block(v_desc, k_b, k_row + first_key + c * 64, head, 0, kv_ready, v_smem.index(c))
     if not ORDERED:
         await_launch_before()
     if ok:
@@ -76,12 +77,10 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
             head_q = head * GROUP + g
             barrier_wait(q_empty + slot, phase)
             mbarrier.expect(q_ready.index(slot), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, [b, start_q + m * 64, head_q, 0], q_ready.index(slot),
-                                            q_smem.index(slot))
+            load_block(q_desc, q_b, q_row + m * 64, head_q, 0, q_ready.index(slot), q_smem.index(slot))
             barrier_wait(do_empty + slot, phase)
             mbarrier.expect(do_ready.index(slot), do_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(do_desc, [b, start_q + m * 64, head_q, 0], do_ready.index(slot),
-                                            do_smem.index(slot))
+            load_block(do_desc, q_b, q_row + m * 64, head_q, 0, do_ready.index(slot), do_smem.index(slot))
             lse_smem.index(slot).store(lse2)
             mbarrier.arrive(q_ready.index(slot), count=1)
             delta_smem.index(slot).store(delta)
@@ -97,12 +96,9 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
 
 
 @gluon.jit
-def _start_dp(v, do, ready, phase, zero, rows, D: gl.constexpr, VARLEN: gl.constexpr):
-    """Starts dP^T = V dO^T once dO is there; rows: of the tile that belong to its sequence."""
+def _start_dp(v, do, ready, phase, zero):
+    """Starts dP^T = V dO^T once dO is there."""
     mbarrier.wait(ready, phase)
-    if VARLEN:
-        if rows < 64:
-            zero_rows(do, rows, 64, D)
     return warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
@@ -117,9 +113,9 @@ def _dq_product(ds_panels, k_panels, buffer, zero, COLUMN: gl.constexpr, WARPGRO
 
 
 @gluon.jit
-def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, work, scale, scale_log2,
+def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scale, scale_log2,
                   INDEX: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
-                  D: gl.constexpr, D_TRUE: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+                  D: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
                   VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr, DQ_BY: gl.constexpr,
                   ORDERED: gl.constexpr, ROUNDED: gl.constexpr, KEEP: gl.constexpr):
     """Warpgroup number INDEX: 64 keys, their dK and dV in registers.
@@ -142,7 +138,7 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     K_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED, 4)
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED)
     if ok:
         first_key += INDEX * 64
         k = k_smem.index(INDEX).reshape([64, D])
@@ -169,18 +165,11 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
             fence_async_shared()
             barrier_arrive(ds_ready, True)
         mbarrier.wait(kv_ready, 0)
-        if VARLEN:
-            if first_key + 64 > len_k:
-                zero_rows(k, len_k - first_key, 64, D)
-                zero_rows(v, len_k - first_key, 64, D)
         k_operand = k
         if KEEP:
             k_operand = hold_half(k.load(K_LAYOUT))
         # S of the first tile; from then on each turn starts the next one's
         mbarrier.wait(q_ready.index(0), 0, pred=total > 0)
-        if VARLEN:
-            if m * 64 + 64 > len_q:
-                zero_rows(q_smem.index(0).reshape([64, D]), len_q - m * 64, 64, D)
         s = warpgroup_mma(k_operand, q_smem.index(0).reshape([64, D]).permute((1, 0)), zero, use_acc=False,
                           is_async=True)
         if AHEAD:
@@ -190,13 +179,13 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
             q = q_smem.index(slot).reshape([64, D])
             do = do_smem.index(slot).reshape([64, D])
             if not LATE:
-                dp = _start_dp(v, do, do_ready.index(slot), phase, zero, len_q - m * 64, D, VARLEN)
+                dp = _start_dp(v, do, do_ready.index(slot), phase, zero)
             if not AHEAD:
                 lse2 = lse_smem.index(slot).load(ROW)
             p = probabilities(s, lse2, key, row, m, first_key - offset, window, scale_log2, WINDOW)
             p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
             if LATE:
-                dp = _start_dp(v, do, do_ready.index(slot), phase, zero, len_q - m * 64, D, VARLEN)
+                dp = _start_dp(v, do, do_ready.index(slot), phase, zero)
             dv = warpgroup_mma(p16, do, dv, is_async=True)
             if DQ_BY == 1:
                 delta = delta_smem.index(slot).load(ROW)
@@ -228,10 +217,6 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
                 dv, dk = warpgroup_mma_wait(WARPGROUPS, deps=[dv, dk])
             else:
                 mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
-            if VARLEN:
-                # not after the last tile: the other warpgroup may still read that slot
-                if (i + 1 < total) & (m * 64 + 64 > len_q):
-                    zero_rows(q_smem.index(following).reshape([64, D]), len_q - m * 64, 64, D)
             if DQ_BY == 2:
                 hold_half(p16)
                 hold_half(ds)
@@ -275,24 +260,19 @@ def _compute_keys(dk_desc, dv_desc, DK, DV, Sums, DQ, cu_q, cu_k, smem, bars, wo
             pointer = Sums.to(gl.int64) + at + scratch_offsets(D_LAYOUT, D)
             scratch_put(pointer, dk)
             scratch_put(pointer + 64 * D * 4, dv)
-        elif VARLEN and first_key + 64 > len_k:
-            column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, D_LAYOUT)), 0)
-            out = gl.expand_dims(first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, D_LAYOUT)), 1)
-            at = ((start_k + out).to(gl.int64) * heads_kv + head) * D_TRUE + column
-            gl.store(DV + at, dv.to(dtype), mask=(out < len_k) & (column < D_TRUE))
-            gl.store(DK + at, dk.to(dtype), mask=(out < len_k) & (column < D_TRUE))
         else:
+            k_b, k_row = place_of(b, start_k, len_k, VARLEN)
             # V of this warpgroup is read by nobody else: dV, then dK, leave through its place
             v.store(dv.to(dtype))
             fence_async_shared()
             gl.thread_barrier()
-            store_bulk(dv_desc, [b, start_k + first_key, head, 0], v_smem.index(INDEX))
+            store_block(dv_desc, k_b, k_row + first_key, head, 0, v_smem.index(INDEX))
             tma.store_wait(0)
             gl.thread_barrier()
             v.store(dk.to(dtype))
             fence_async_shared()
             gl.thread_barrier()
-            store_bulk(dk_desc, [b, start_k + first_key, head, 0], v_smem.index(INDEX))
+            store_block(dk_desc, k_b, k_row + first_key, head, 0, v_smem.index(INDEX))
             tma.store_wait(0)
 
 
@@ -308,7 +288,7 @@ def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr, GROU
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED, 4)
+        cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED)
     if ok:
         k_panels = k_smem._reinterpret(dtype, [WARPGROUPS * (D // 64), 64, 64], PANEL)
         ds_panels = ds_smem._reinterpret(dtype, [BUFFERS * WARPGROUPS, 64, 64], PANEL)
@@ -338,18 +318,18 @@ def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr, GROU
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "rows", "tiles", "section", "window",
                               "slots"])
 def hopper_bwd_keys_kernel(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, DK, DV, Sums, DQ, Turn, Lse2, Delta, Part, DSinks, CuSeqlensQ,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, Sums, DQ, Turn, Lse2, Delta, Part, DSinks, CuSeqlensQ,
     CuSeqlensK, batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, slots, scale, scale_log2,
-    GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, D_TRUE: gl.constexpr, WARPGROUPS: gl.constexpr,
+    GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr, BUFFERS: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr,
     DQ_BY: gl.constexpr, ORDERED: gl.constexpr, ROUNDED: gl.constexpr, REGISTERS: gl.constexpr,
     DQ_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, KEEP: gl.constexpr,
 ):
     """One program per 64 * WARPGROUPS keys of a key head, and with SPLIT one for each share of the query heads.
 
-    *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64, 1, D); a packed batch is one long
-    sequence. DK, DV: the same memory as dk_desc, dv_desc, contiguous. Sums: with SPLIT, float32 parts of them, tiles of
-    64 x D (see scratch_offsets) [tile of keys, share, warpgroup, dK or dV]. DQ: float32 scratch of zeros, tiles of 64 x
+    *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64, 1, D), see descriptors.describe.
+    Sums: with SPLIT, float32 parts of dK and dV, tiles of 64 x D (see scratch_offsets) [tile of keys, share, warpgroup,
+    dK or dV]. DQ: float32 scratch of zeros, tiles of 64 x
     64 [batch, head, row / 64, column / 64]. Turn: with ORDERED, int32 zeros, one for each 64 rows of
     DQ: how many tiles of keys have added to them. Lse2, Delta: float32 (batch, heads_q, rows), a packed
     batch (heads_q, rows) with sequence i from row (start_i // 64 + i) * 64 on; +inf and 0 beyond a sequence.
@@ -415,11 +395,11 @@ def hopper_bwd_keys_kernel(
     work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
     if DQ_BY == 1 and ORDERED:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED, KEEP)),
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED, KEEP)),
             (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
               WINDOW, TOGETHER, ORDERED)),
@@ -432,11 +412,11 @@ def hopper_bwd_keys_kernel(
         ], [4, 4, 1, 1, 1], [REGISTERS, DQ_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
     elif DQ_BY == 1:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED, KEEP)),
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED, KEEP)),
             (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
               WINDOW, TOGETHER, ORDERED)),
@@ -445,19 +425,19 @@ def hopper_bwd_keys_kernel(
         ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, LOADER_REGISTERS])
     elif WARPGROUPS == 1:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED, KEEP)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
         ], [1], [LOADER_REGISTERS])
     elif ORDERED:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED, KEEP)),
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED, KEEP)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
@@ -468,11 +448,11 @@ def hopper_bwd_keys_kernel(
         ], [4, 1, 1, 1], [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
     else:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED, KEEP)),
-            (_compute_keys, (dk_desc, dv_desc, DK, DV, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, D_TRUE, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
+            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
+              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
               ORDERED, ROUNDED, KEEP)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),

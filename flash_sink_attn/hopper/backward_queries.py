@@ -10,30 +10,25 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from flash_sink_attn.hopper.backward_common import (
-    above,
-    find_padded,
-    other_bounds,
-    store_rows,
-    up_to,
-    zero_rows,
-)
+from flash_sink_attn.hopper.backward_common import above, other_bounds, store_rows, up_to
 from flash_sink_attn.hopper.common import (
     LOG2E,
     advance,
+    find_sequence,
     hold_half,
+    load_block,
+    place_of,
     start_dependents,
 )
 
 
 @gluon.jit
 def _query_tile(cu_q, cu_k, work, WINDOW: gl.constexpr, VARLEN: gl.constexpr, BLOCK_N: gl.constexpr,
-                SPLIT: gl.constexpr, HEADS: gl.constexpr, NUM_WARPS: gl.constexpr):
+                SPLIT: gl.constexpr, HEADS: gl.constexpr):
     """(ok, batch, key head, first head of this program's share of the group, slot of its part of the sinks' gradient,
     first row, keys' minus queries' length, lengths, where the sequences and its statistics begin, first key, key
     blocks)."""
@@ -43,11 +38,12 @@ def _query_tile(cu_q, cu_k, work, WINDOW: gl.constexpr, VARLEN: gl.constexpr, BL
         share = tile % SPLIT
         head = tile // SPLIT % heads_kv
         slot = tile // SPLIT // heads_kv
-        sequence, start_q, len_q, m = find_padded(cu_q, batch, seqlen_q, slot, 64, NUM_WARPS)
+        sequence, start_q, len_q, m = find_sequence(cu_q, batch, seqlen_q, slot, 64)
         start_k, len_k = other_bounds(cu_k, sequence, seqlen_k, start_q, len_q)
         b = 0
         base = (start_q // 64 + sequence) * 64
-        ok = (m >= 0) & (m * 64 < len_q)  # offsets that fall lead before a sequence's beginning
+        m = gl.cdiv(len_q, 64) - 1 - m
+        ok = (m >= 0) & (m * 64 < len_q)
     else:
         s = tile // (section * tiles)
         r = tile - s * (section * tiles)
@@ -82,8 +78,10 @@ def _load_keys(q_desc, k_desc, v_desc, o_desc, do_desc, cu_q, cu_k, smem, bars, 
     q_smem, o_smem, do_smem, k_smem, v_smem = smem
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
     ok, b, head, low, part, row0, offset, len_q, len_k, start_q, start_k, base, begin, blocks = _query_tile(
-        cu_q, cu_k, work, WINDOW, VARLEN, BLOCK_N, SPLIT, HEADS, 1)
+        cu_q, cu_k, work, WINDOW, VARLEN, BLOCK_N, SPLIT, HEADS)
     if ok:
+        q_b, q_row = place_of(b, start_q, len_q, VARLEN)
+        k_b, k_row = place_of(b, start_k, len_k, VARLEN)
         slot = 0
         phase = 1
         q_slot = 0
@@ -96,21 +94,18 @@ def _load_keys(q_desc, k_desc, v_desc, o_desc, do_desc, cu_q, cu_k, smem, bars, 
                     head_q = head * GROUP + member
                     mbarrier.wait(q_empty.index(at), q_phase)
                     mbarrier.expect(q_ready.index(at), 3 * q_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(q_desc, [b, start_q + row0, head_q, 0], q_ready.index(at),
-                                                    q_smem.index(at))
-                    tma.async_copy_global_to_shared(do_desc, [b, start_q + row0, head_q, 0], q_ready.index(at),
-                                                    do_smem.index(at))
-                    tma.async_copy_global_to_shared(o_desc, [b, start_q + row0, head_q, 0], q_ready.index(at),
-                                                    o_smem.index(at))
+                    load_block(q_desc, q_b, q_row + row0, head_q, 0, q_ready.index(at), q_smem.index(at))
+                    load_block(do_desc, q_b, q_row + row0, head_q, 0, q_ready.index(at), do_smem.index(at))
+                    load_block(o_desc, q_b, q_row + row0, head_q, 0, q_ready.index(at), o_smem.index(at))
             q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-            key = start_k + begin
+            key = k_row + begin
             for _ in range(blocks):
                 mbarrier.wait(k_empty.index(slot), phase)
                 mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(k_desc, [b, key, head, 0], k_ready.index(slot), k_smem.index(slot))
+                load_block(k_desc, k_b, key, head, 0, k_ready.index(slot), k_smem.index(slot))
                 mbarrier.wait(v_empty.index(slot), phase)
                 mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(v_desc, [b, key, head, 0], v_ready.index(slot), v_smem.index(slot))
+                load_block(v_desc, k_b, key, head, 0, v_ready.index(slot), v_smem.index(slot))
                 slot, phase = advance(slot, phase, STAGES)
                 key += BLOCK_N
 
@@ -150,7 +145,7 @@ def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k,
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ok, b, head, low, part, row0, offset, len_q, len_k, start_q, start_k, base, begin, blocks = _query_tile(
-        cu_q, cu_k, work, WINDOW, VARLEN, BLOCK_N, SPLIT, HEADS, 4)
+        cu_q, cu_k, work, WINDOW, VARLEN, BLOCK_N, SPLIT, HEADS)
     token = row0 + gl.arange(0, 64, layout=ROW)
     inside = token < len_q
     position = gl.expand_dims(token + offset, 1)
@@ -205,14 +200,8 @@ def _compute_queries(DQ, DLse, Lse, Sinks, Lse2, Delta, Part, slots, cu_q, cu_k,
                     k = k_smem.index(slot).reshape([BLOCK_N, D])
                     v = v_smem.index(slot).reshape([BLOCK_N, D])
                     mbarrier.wait(k_ready.index(slot), phase)
-                    if VARLEN:
-                        if key + BLOCK_N > len_k:
-                            zero_rows(k, len_k - key, BLOCK_N, D)
                     s = warpgroup_mma(q_operand, k.permute((1, 0)), zero, use_acc=False, is_async=True)
                     mbarrier.wait(v_ready.index(slot), phase)
-                    if VARLEN:
-                        if key + BLOCK_N > len_k:
-                            zero_rows(v, len_k - key, BLOCK_N, D)
                     dp = warpgroup_mma(do_operand, v.permute((1, 0)), zero, use_acc=False, is_async=True)
                     s = warpgroup_mma_wait(1, deps=[s])
                     p = gl.exp2(s * scale_log2 - gl.expand_dims(lse2, 1))

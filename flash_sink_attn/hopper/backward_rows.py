@@ -9,17 +9,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _find(cu_seqlens, batch, total, tile, block):
-    """As backward_common.find_padded."""
-    count = 0
-    for first in range(0, batch, 128):
-        index = first + tl.arange(0, 128)
-        start = tl.load(cu_seqlens + index, mask=index < batch, other=0)
-        start = tl.minimum(tl.maximum(start, 0), total)
-        count += tl.sum(((index < batch) & (start // block + index <= tile)).to(tl.int32), 0)
-    sequence = tl.maximum(count - 1, 0)
-    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), total)
-    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1), start), total)
-    return sequence, start, end - start, tile - start // block - sequence
+    """As common.find_sequence."""
+    low = tl.full([], 0, tl.int32)
+    high = low + batch
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens), 0), total)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + batch), start), total)
+    while high - low > 1:
+        middle = (low + high) // 2
+        token = tl.minimum(tl.maximum(tl.load(cu_seqlens + middle), 0), total)
+        here = token // block + middle <= tile
+        low = tl.where(here, middle, low)
+        start = tl.where(here, token, start)
+        high = tl.where(here, high, middle)
+        end = tl.where(here, end, token)
+    return low, start, tl.maximum(end - start, 0), tile - start // block - low
 
 
 @triton.jit

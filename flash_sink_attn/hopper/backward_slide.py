@@ -19,12 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flash_sink_attn.hopper.backward_common import (
     above,
-    find_padded,
     opaque,
     scratch_offsets,
     scratch_put,
     up_to,
-    zero_rows,
 )
 from flash_sink_attn.hopper.common import (
     LOG2E,
@@ -33,13 +31,16 @@ from flash_sink_attn.hopper.common import (
     barrier_init,
     barrier_wait,
     barriers_declare,
+    find_sequence,
     hold_half,
-    store_bulk,
+    load_block,
+    place_of,
+    store_block,
 )
 
 
 @gluon.jit
-def _run(cu_q, work, run, VARLEN: gl.constexpr, NUM_WARPS: gl.constexpr):
+def _run(cu_q, work, run, VARLEN: gl.constexpr):
     """(ok, batch, key head, first tile of the run, end of it, tiles of the sequence, its length and start, number of
     its first tile among all sequences', run number): a run is ``run`` query tiles of one sequence."""
     batch, seqlen_q, heads_kv, rows, window = work
@@ -47,7 +48,7 @@ def _run(cu_q, work, run, VARLEN: gl.constexpr, NUM_WARPS: gl.constexpr):
     head = tile % heads_kv
     number = tile // heads_kv
     if VARLEN:
-        sequence, start, length, r = find_padded(cu_q, batch, seqlen_q, number, 64 * run, NUM_WARPS)
+        sequence, start, length, r = find_sequence(cu_q, batch, seqlen_q, number, 64 * run)
         b = 0
         base = start // 64 + sequence
         ok = (r >= 0) & (r * run * 64 < length)  # offsets that fall lead before a sequence's beginning
@@ -69,15 +70,16 @@ def _slide_load(q_desc, k_desc, v_desc, o_desc, do_desc, cu_q, smem, bars, work,
     """The loader of the slide: a ring of q, o and do, and K and V of the four blocks that are in use or come next."""
     k_smem, v_smem, q_smem, do_smem, o_smem, ds_smem, lse_smem, delta_smem, column_smem = smem
     kv_ready, q_ready, kv_empty, q_empty, rows_ready, dq_ready, ds_ready, ds_empty = bars
-    ok, b, head, i0, i1, count, length, start, base = _run(cu_q, work, run, VARLEN, 1)
+    ok, b, head, i0, i1, count, length, start, base = _run(cu_q, work, run, VARLEN)
+    place, row0 = place_of(b, start, length, VARLEN)
     if ok:
         for block in range(i0 - 2, i0 + 1):
             s = block & 3
-            # far before the sequence, where the copy engine fills in zeros: the one before it may hold NaN
-            token = gl.where(block < 0, -65536, start + block * 64)
+            # before the sequence: where the copy engine fills in zeros
+            token = gl.where(block < 0, -65536, row0 + block * 64)
             mbarrier.expect(kv_ready.index(s), 2 * k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [b, token, head, 0], kv_ready.index(s), k_smem.index(s))
-            tma.async_copy_global_to_shared(v_desc, [b, token, head, 0], kv_ready.index(s), v_smem.index(s))
+            load_block(k_desc, place, token, head, 0, kv_ready.index(s), k_smem.index(s))
+            load_block(v_desc, place, token, head, 0, kv_ready.index(s), v_smem.index(s))
         slot = 0
         phase = 1
         for i in range(i0, i1):
@@ -85,12 +87,9 @@ def _slide_load(q_desc, k_desc, v_desc, o_desc, do_desc, cu_q, smem, bars, work,
                 head_q = head * GROUP + g
                 barrier_wait(q_empty + slot, phase)
                 mbarrier.expect(q_ready.index(slot), 3 * q_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(o_desc, [b, start + i * 64, head_q, 0], q_ready.index(slot),
-                                                o_smem.index(slot))
-                tma.async_copy_global_to_shared(do_desc, [b, start + i * 64, head_q, 0], q_ready.index(slot),
-                                                do_smem.index(slot))
-                tma.async_copy_global_to_shared(q_desc, [b, start + i * 64, head_q, 0], q_ready.index(slot),
-                                                q_smem.index(slot))
+                load_block(o_desc, place, row0 + i * 64, head_q, 0, q_ready.index(slot), o_smem.index(slot))
+                load_block(do_desc, place, row0 + i * 64, head_q, 0, q_ready.index(slot), do_smem.index(slot))
+                load_block(q_desc, place, row0 + i * 64, head_q, 0, q_ready.index(slot), q_smem.index(slot))
                 slot, phase = advance(slot, phase, STAGES)
             # the next tile's new key block replaces block n - 4, dead since the end of tile n - 2
             n = i + 1
@@ -100,9 +99,9 @@ def _slide_load(q_desc, k_desc, v_desc, o_desc, do_desc, cu_q, smem, bars, work,
                 if use >= 0:
                     barrier_wait(kv_empty + s, (use >> 2) & 1)
                 mbarrier.expect(kv_ready.index(s), 2 * k_desc.block_type.nbytes)
-                token = start + n * 64
-                tma.async_copy_global_to_shared(k_desc, [b, token, head, 0], kv_ready.index(s), k_smem.index(s))
-                tma.async_copy_global_to_shared(v_desc, [b, token, head, 0], kv_ready.index(s), v_smem.index(s))
+                token = row0 + n * 64
+                load_block(k_desc, place, token, head, 0, kv_ready.index(s), k_smem.index(s))
+                load_block(v_desc, place, token, head, 0, kv_ready.index(s), v_smem.index(s))
 
 
 @gluon.jit
@@ -115,7 +114,7 @@ def _slide_rows(Lse, DLse, Sinks, Part, slots, cu_q, smem, bars, work, run, GROU
     CHUNK: gl.constexpr = 16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [2, 1], [1, 0])
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
-    ok, b, head, i0, i1, count, length, start, base = _run(cu_q, work, run, VARLEN, 2)
+    ok, b, head, i0, i1, count, length, start, base = _run(cu_q, work, run, VARLEN)
     if ok:
         row = gl.arange(0, 64, layout=FLAT)
         slot = 0
@@ -158,22 +157,22 @@ def _slide_store(dq_desc, cu_q, smem, bars, work, run, GROUP: gl.constexpr, STAG
     """One warp that sends dQ out from O's place, so that no warpgroup waits for that."""
     k_smem, v_smem, q_smem, do_smem, o_smem, ds_smem, lse_smem, delta_smem, column_smem = smem
     kv_ready, q_ready, kv_empty, q_empty, rows_ready, dq_ready, ds_ready, ds_empty = bars
-    ok, b, head, i0, i1, count, length, start, base = _run(cu_q, work, run, VARLEN, 1)
+    ok, b, head, i0, i1, count, length, start, base = _run(cu_q, work, run, VARLEN)
     if ok:
         slot = 0
         phase = 0
         for i in range(i0, i1):
             for g in range(GROUP):
                 barrier_wait(dq_ready + slot, phase)
-                if (not VARLEN) or i * 64 + 64 <= length:
-                    store_bulk(dq_desc, [b, start + i * 64, head * GROUP + g, 0], o_smem.index(slot))
-                    tma.store_wait(0)
+                place, row0 = place_of(b, start, length, VARLEN)
+                store_block(dq_desc, place, row0 + i * 64, head * GROUP + g, 0, o_smem.index(slot))
+                tma.store_wait(0)
                 barrier_arrive(q_empty + slot, True)
                 slot, phase = advance(slot, phase, STAGES)
 
 
 @gluon.jit
-def _slide_compute(dk_desc, dv_desc, DQ, DK, DV, Shared, cu_q, smem, bars, work, run, scale, scale_log2,
+def _slide_compute(dk_desc, dv_desc, Shared, cu_q, smem, bars, work, run, scale, scale_log2,
                    INDEX: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
                    BUFFERS: gl.constexpr, VARLEN: gl.constexpr):
     """Warpgroup number INDEX of three: the key blocks INDEX, INDEX + 3, ...; a tile sees three in a row. In turn they
@@ -186,7 +185,7 @@ def _slide_compute(dk_desc, dv_desc, DQ, DK, DV, Shared, cu_q, smem, bars, work,
     D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    ok, b, head, i0, i1, count, length, start, base = _run(cu_q, work, run, VARLEN, 4)
+    ok, b, head, i0, i1, count, length, start, base = _run(cu_q, work, run, VARLEN)
     if ok:
         key_in_block = gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
         zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
@@ -206,20 +205,12 @@ def _slide_compute(dk_desc, dv_desc, DQ, DK, DV, Shared, cu_q, smem, bars, work,
             v = v_smem.index(kv_slot).reshape([64, D])
             if (distance == 0) | (i == i0):
                 mbarrier.wait(kv_ready.index(kv_slot), ((block - (i0 - 2)) >> 2) & 1)
-                if VARLEN:
-                    if block * 64 + 64 > length:
-                        zero_rows(k, length - block * 64, 64, D)
-                        zero_rows(v, length - block * 64, 64, D)
             # distance of each key from the tile's first row; a block before the sequence is out of every window
             ahead = gl.where(block < 0, -1048576, -64 * distance)
-            for g in range(GROUP):
+            for _ in range(GROUP):
                 q = q_smem.index(slot).reshape([64, D])
                 do = do_smem.index(slot).reshape([64, D])
                 mbarrier.wait(q_ready.index(slot), phase)
-                if VARLEN:
-                    if i * 64 + 64 > length:
-                        zero_rows(q, length - i * 64, 64, D)
-                        zero_rows(do, length - i * 64, 64, D)
                 s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 barrier_wait(rows_ready + slot, phase)
                 s = warpgroup_mma_wait(0, deps=[s])
@@ -258,12 +249,6 @@ def _slide_compute(dk_desc, dv_desc, DQ, DK, DV, Shared, cu_q, smem, bars, work,
                     # O itself was used up before rows_ready
                     o_smem.index(slot).reshape([64, D]).store((dq * scale).to(dtype))
                     fence_async_shared()
-                    if VARLEN:
-                        if i * 64 + 64 > length:
-                            column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, D_LAYOUT)), 0)
-                            out = gl.expand_dims(i * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, D_LAYOUT)), 1)
-                            to = ((start + out).to(gl.int64) * (heads_kv * GROUP) + head * GROUP + g) * D + column
-                            gl.store(DQ + to, (dq * scale).to(dtype), mask=(out < length) & (column < D))
                     barrier_arrive(dq_ready + slot, True)
                 turn += 1
                 if turn == 3:
@@ -275,25 +260,19 @@ def _slide_compute(dk_desc, dv_desc, DQ, DK, DV, Shared, cu_q, smem, bars, work,
                 if block >= 0:
                     whole = (block >= i0) & ((block + 2 < i1) | (i1 == count))
                     if whole:
-                        if VARLEN and block * 64 + 64 > length:
-                            column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, D_LAYOUT)), 0)
-                            out = gl.expand_dims(block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, D_LAYOUT)), 1)
-                            to = ((start + out).to(gl.int64) * heads_kv + head) * D + column
-                            gl.store(DV + to, dv.to(dtype), mask=(out < length) & (column < D))
-                            gl.store(DK + to, (dk * scale).to(dtype), mask=(out < length) & (column < D))
-                        else:
-                            v.store(dv.to(dtype))
-                            fence_async_shared()
-                            gl.thread_barrier()
-                            store_bulk(dv_desc, [b, start + block * 64, head, 0], v_smem.index(kv_slot))
-                            tma.store_wait(0)
-                            gl.thread_barrier()
-                            v.store((dk * scale).to(dtype))
-                            fence_async_shared()
-                            gl.thread_barrier()
-                            store_bulk(dk_desc, [b, start + block * 64, head, 0], v_smem.index(kv_slot))
-                            tma.store_wait(0)
-                            gl.thread_barrier()
+                        place, row0 = place_of(b, start, length, VARLEN)
+                        v.store(dv.to(dtype))
+                        fence_async_shared()
+                        gl.thread_barrier()
+                        store_block(dv_desc, place, row0 + block * 64, head, 0, v_smem.index(kv_slot))
+                        tma.store_wait(0)
+                        gl.thread_barrier()
+                        v.store((dk * scale).to(dtype))
+                        fence_async_shared()
+                        gl.thread_barrier()
+                        store_block(dk_desc, place, row0 + block * 64, head, 0, v_smem.index(kv_slot))
+                        tma.store_wait(0)
+                        gl.thread_barrier()
                     else:
                         # [tile, key head][0: the earlier run's part, 1: the later's][dK, dV][64, D]
                         later = (block < i0).to(gl.int32)
@@ -309,8 +288,7 @@ def _slide_compute(dk_desc, dv_desc, DQ, DK, DV, Shared, cu_q, smem, bars, work,
 
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "heads_kv", "rows", "window", "run", "slots"])
 def hopper_bwd_slide_kernel(
-    q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, dk_desc, dv_desc, DQ, DK, DV, DLse, Lse, Sinks, Part, Shared,
-    CuSeqlensQ,
+    q_desc, k_desc, v_desc, o_desc, do_desc, dq_desc, dk_desc, dv_desc, DLse, Lse, Sinks, Part, Shared, CuSeqlensQ,
     batch, seqlen_q, heads_kv, rows, window, run, slots, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, VARLEN: gl.constexpr,
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
@@ -368,11 +346,11 @@ def hopper_bwd_slide_kernel(
     bars = (kv_ready, q_ready, kv_empty, q_empty, rows_ready, dq_ready, ds_ready, ds_empty)
     work = (batch, seqlen_q, heads_kv, rows, window)
     gl.warp_specialize([
-            (_slide_compute, (dk_desc, dv_desc, DQ, DK, DV, Shared, CuSeqlensQ, smem, bars, work, run, scale,
+            (_slide_compute, (dk_desc, dv_desc, Shared, CuSeqlensQ, smem, bars, work, run, scale,
               scale_log2, 0, D, GROUP, STAGES, BUFFERS, VARLEN)),
-            (_slide_compute, (dk_desc, dv_desc, DQ, DK, DV, Shared, CuSeqlensQ, smem, bars, work, run, scale,
+            (_slide_compute, (dk_desc, dv_desc, Shared, CuSeqlensQ, smem, bars, work, run, scale,
               scale_log2, 1, D, GROUP, STAGES, BUFFERS, VARLEN)),
-            (_slide_compute, (dk_desc, dv_desc, DQ, DK, DV, Shared, CuSeqlensQ, smem, bars, work, run, scale,
+            (_slide_compute, (dk_desc, dv_desc, Shared, CuSeqlensQ, smem, bars, work, run, scale,
               scale_log2, 2, D, GROUP, STAGES, BUFFERS, VARLEN)),
         (_slide_rows, (Lse, DLse, Sinks, Part, slots, CuSeqlensQ, smem, bars, work, run, GROUP, D, STAGES, VARLEN)),
         (_slide_store, (dq_desc, CuSeqlensQ, smem, bars, work, run, GROUP, STAGES, VARLEN)),

@@ -5,8 +5,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flash_sink_attn.hopper.backward_common import find_padded
-from flash_sink_attn.hopper.common import await_launch_before, barrier_arrive, barrier_wait, sequence_bounds
+from flash_sink_attn.hopper.common import (
+    await_launch_before,
+    barrier_arrive,
+    barrier_wait,
+    find_sequence,
+    sequence_bounds,
+)
 
 # Tiles of dQ that may have their turn before they are added.
 TURNS: gl.constexpr = gl.constexpr(4)
@@ -14,33 +19,48 @@ TURNS: gl.constexpr = gl.constexpr(4)
 
 @gluon.jit
 def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, WINDOW: gl.constexpr,
-             VARLEN: gl.constexpr, TOGETHER: gl.constexpr, ORDERED: gl.constexpr, NUM_WARPS: gl.constexpr):
+             VARLEN: gl.constexpr, TOGETHER: gl.constexpr, ORDERED: gl.constexpr):
     """(ok, batch, key head, place of its parts of dK and dV, first key, keys' minus queries' length, lengths, where the
     sequences and its statistics begin, course of the walk).
 
-    Without packing, tiles go by sections of ``section`` shares of (batch, key head) pairs, longest first under a causal
-    mask; but shortest first where walks go down and dQ is added in order (see :func:`keep_order`). Each of the SPLIT
-    shares has some of the group's query heads.
+    Tiles go by sections of ``section`` shares of (batch, key head) pairs, longest first under a causal mask; but
+    shortest first where walks go down and dQ is added in order (see :func:`keep_order`). Each of the SPLIT shares has
+    some of the group's query heads. In a packed batch each sequence has sections of its own, of so many shares that
+    they are about ``section`` programs.
     """
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     HEADS: gl.constexpr = (GROUP + SPLIT - 1) // SPLIT
     tile = gl.program_id(0)
     if VARLEN:
-        share = tile % SPLIT
-        head = tile // SPLIT % heads_kv
-        slot = tile // SPLIT // heads_kv
+        units = heads_kv * SPLIT
         if cu_k is None:
-            sequence, start_k, len_k, n = find_padded(cu_q, batch, seqlen_k, slot, BLOCK_N, NUM_WARPS)
+            sequence, start_k, len_k, n = find_sequence(cu_q, batch, seqlen_k, tile // units, BLOCK_N)
             start_q = start_k
             len_q = len_k
         else:
-            sequence, start_k, len_k, n = find_padded(cu_k, batch, seqlen_k, slot, BLOCK_N, NUM_WARPS)
+            sequence, start_k, len_k, n = find_sequence(cu_k, batch, seqlen_k, tile // units, BLOCK_N)
             start_q, len_q = sequence_bounds(cu_q, sequence, seqlen_q)
         b = 0
         base = (start_q // 64 + sequence) * 64
-        ok = (n >= 0) & (n * BLOCK_N < len_k)  # offsets that fall lead before a sequence's beginning
-        place = tile
-        down = True
+        slot = start_k // BLOCK_N + sequence
+        slots = (start_k + len_k) // BLOCK_N + sequence + 1 - slot
+        tiles = gl.cdiv(len_k, BLOCK_N)
+        ok = (n >= 0) & (n < slots)
+        shares = gl.minimum(gl.maximum(section // gl.maximum(tiles, 1), 1), units)
+        r = tile - slot * units
+        s = r // (shares * slots)
+        r -= s * (shares * slots)
+        here = gl.maximum(gl.minimum(shares, units - s * shares), 1)
+        # as sections of one size would: programs that start as others end walk the other way
+        down = (slot * units + s * (shares * slots) + section // 2) // section % 2 == 0
+        n = r // here
+        if ORDERED and TOGETHER:
+            n = gl.where(down & (n < tiles), tiles - 1 - n, n)
+        ok = ok & (n < tiles)
+        unit = s * shares + r % here
+        share = unit % SPLIT
+        head = unit // SPLIT
+        place = ((slot + n) * heads_kv + head) * SPLIT + share
     else:
         s = tile // (section * tiles)
         r = tile - s * (section * tiles)
@@ -138,7 +158,7 @@ def keep_order(Turn, cu_q, cu_k, turn, added, passed, work, BLOCK_N: gl.constexp
     """
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, True, 1)
+        cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, True)
     await_launch_before()
     if ok:
         n = first_key // BLOCK_N
@@ -159,8 +179,8 @@ def keep_order(Turn, cu_q, cu_k, turn, added, passed, work, BLOCK_N: gl.constexp
             before = n
             if WINDOW:
                 before -= gl.maximum(m * 64 + offset - window + 1, 0) // BLOCK_N
-            if TOGETHER and not VARLEN:
-                last = gl.minimum((m * 64 + 63 + offset) // BLOCK_N, tiles - 1)
+            if TOGETHER:
+                last = gl.minimum((m * 64 + 63 + offset) // BLOCK_N, gl.cdiv(len_k, BLOCK_N) - 1)
                 before = gl.where(course[2] < 0, last - n, n)
             if TAKES:
                 # a slot's first round has none before it to wait for

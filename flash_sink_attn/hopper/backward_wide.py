@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_sink_attn.hopper.backward_common import probabilities, scratch_add_64, scratch_offsets, zero_rows
+from flash_sink_attn.hopper.backward_common import probabilities, scratch_add_64, scratch_offsets
 from flash_sink_attn.hopper.backward_walk import first_tile, key_tile, next_tile
 from flash_sink_attn.hopper.common import (
     advance,
@@ -28,7 +28,9 @@ from flash_sink_attn.hopper.common import (
     barrier_wait,
     barriers_declare,
     hold_half,
-    store_bulk,
+    load_block,
+    place_of,
+    store_block,
 )
 
 
@@ -46,14 +48,16 @@ def _load(descs, Lse2, Delta, cu_q, cu_k, smem, bars, work, shape: gl.constexpr)
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False, 1)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False)
+    q_b, q_row = place_of(b, start_q, len_q, VARLEN)
+    k_b, k_row = place_of(b, start_k, len_k, VARLEN)
     BYTES: gl.constexpr = q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if D2 else 0)
     if ok:
         mbarrier.expect(kv_ready, BYTES + v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [b, start_k + first_key, head, 0], kv_ready, k_smem.index(0))
+        load_block(k_desc, k_b, k_row + first_key, head, 0, kv_ready, k_smem.index(0))
         if D2:
-            tma.async_copy_global_to_shared(k2_desc, [b, start_k + first_key, head, D], kv_ready, k2_smem.index(0))
-        tma.async_copy_global_to_shared(v_desc, [b, start_k + first_key, head, 0], kv_ready, v_smem.index(0))
+            load_block(k2_desc, k_b, k_row + first_key, head, D, kv_ready, k2_smem.index(0))
+        load_block(v_desc, k_b, k_row + first_key, head, 0, kv_ready, v_smem.index(0))
     await_launch_before()
     if ok:
         row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
@@ -69,15 +73,12 @@ def _load(descs, Lse2, Delta, cu_q, cu_k, smem, bars, work, shape: gl.constexpr)
             head_q = head * GROUP + g
             barrier_wait(q_empty + slot, phase)
             mbarrier.expect(q_ready.index(slot), BYTES)
-            tma.async_copy_global_to_shared(q_desc, [b, start_q + m * 64, head_q, 0], q_ready.index(slot),
-                                            q_smem.index(slot))
+            load_block(q_desc, q_b, q_row + m * 64, head_q, 0, q_ready.index(slot), q_smem.index(slot))
             if D2:
-                tma.async_copy_global_to_shared(q2_desc, [b, start_q + m * 64, head_q, D], q_ready.index(slot),
-                                                q2_smem.index(slot))
+                load_block(q2_desc, q_b, q_row + m * 64, head_q, D, q_ready.index(slot), q2_smem.index(slot))
             barrier_wait(do_empty + slot, phase)
             mbarrier.expect(do_ready.index(slot), do_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(do_desc, [b, start_q + m * 64, head_q, 0], do_ready.index(slot),
-                                            do_smem.index(slot))
+            load_block(do_desc, q_b, q_row + m * 64, head_q, 0, do_ready.index(slot), do_smem.index(slot))
             lse_smem.index(slot).store(lse2)
             mbarrier.arrive(q_ready.index(slot), count=1)
             delta_smem.index(slot).store(delta)
@@ -122,7 +123,7 @@ def _start_dq(smem, i, zero, INDEX: gl.constexpr, D: gl.constexpr, D2: gl.conste
 
 
 @gluon.jit
-def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape: gl.constexpr):
+def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape: gl.constexpr):
     """The warpgroup that makes S, P and dV, and the first columns of dQ."""
     GROUP: gl.constexpr = shape[0]
     D: gl.constexpr = shape[1]
@@ -145,7 +146,7 @@ def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False, 4)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False)
     if ok:
         key = gl.expand_dims(first_key - offset + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
         row = gl.arange(0, 64, layout=ROW)
@@ -159,18 +160,8 @@ def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log
         head_rows = rows // 64  # tiles of one head
         tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
         mbarrier.wait(kv_ready, 0)
-        if VARLEN:
-            if first_key + 64 > len_k:
-                zero_rows(k_smem.index(0).reshape([64, D]), len_k - first_key, 64, D)
-                if D2:
-                    zero_rows(k2_smem.index(0).reshape([64, D2]), len_k - first_key, 64, D2)
         # S of the first tile; from then on each turn starts the next one's
         mbarrier.wait(q_ready.index(0), 0, pred=total > 0)
-        if VARLEN:
-            if m * 64 + 64 > len_q:
-                zero_rows(q_smem.index(0).reshape([64, D]), len_q - m * 64, 64, D)
-                if D2:
-                    zero_rows(q2_smem.index(0).reshape([64, D2]), len_q - m * 64, 64, D2)
         s = _scores(smem, 0, zero, D, D2)
         lse2 = lse_smem.index(0).load(ROW)
         s = warpgroup_mma_wait(0, deps=[s])
@@ -182,9 +173,6 @@ def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log
             p = hold_half(gl.convert_layout(p, A_LAYOUT))
             do = do_smem.index(slot).reshape([64, DV])
             mbarrier.wait(do_ready.index(slot), phase)
-            if VARLEN:
-                if m * 64 + 64 > len_q:
-                    zero_rows(do, len_q - m * 64, 64, DV)
             dv = warpgroup_mma(p, do, dv, is_async=True)
             current = tile0 + g * head_rows + m
             m, g, left = next_tile(m, g, left, course, not WINDOW)
@@ -202,11 +190,6 @@ def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log
                 scratch_add_64(to + (c - 1) * (PART * 256), dq)
                 dq = more
             mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
-            if VARLEN:
-                if (i + 1 < total) & (m * 64 + 64 > len_q):
-                    zero_rows(q_smem.index(following).reshape([64, D]), len_q - m * 64, 64, D)
-                    if D2:
-                        zero_rows(q2_smem.index(following).reshape([64, D2]), len_q - m * 64, 64, D2)
             s = _scores(smem, following, zero, D, D2)
             dq = warpgroup_mma_wait(2 if D2 else 1, deps=[dq])
             scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
@@ -215,23 +198,18 @@ def _compute_values(dv_desc, DV_OUT, DQ, cu_q, cu_k, smem, bars, work, scale_log
             s = warpgroup_mma_wait(0, deps=[s])
             slot = following
             phase = following_phase
-        if VARLEN and first_key + 64 > len_k:
-            column = gl.expand_dims(gl.arange(0, DV, layout=gl.SliceLayout(0, V_LAYOUT)), 0)
-            out = gl.expand_dims(first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, V_LAYOUT)), 1)
-            at = ((start_k + out).to(gl.int64) * heads_kv + head) * DV + column
-            gl.store(DV_OUT + at, dv.to(dtype), mask=out < len_k)
-        else:
-            # The last dS told that the other warpgroup has read all tiles of do; this one's warps ask each other.
-            gl.thread_barrier()
-            do_smem.index(0).reshape([64, DV]).store(dv.to(dtype))
-            fence_async_shared()
-            gl.thread_barrier()
-            store_bulk(dv_desc, [b, start_k + first_key, head, 0], do_smem.index(0))
-            tma.store_wait(0)
+        # The last dS told that the other warpgroup has read all tiles of do; this one's warps ask each other.
+        gl.thread_barrier()
+        do_smem.index(0).reshape([64, DV]).store(dv.to(dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        k_b, k_row = place_of(b, start_k, len_k, VARLEN)
+        store_block(dv_desc, k_b, k_row + first_key, head, 0, do_smem.index(0))
+        tma.store_wait(0)
 
 
 @gluon.jit
-def _compute_keys(dk_desc, dk2_desc, DK, DQ, cu_q, cu_k, smem, bars, work, scale, shape: gl.constexpr):
+def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, shape: gl.constexpr):
     """The warpgroup that makes dP, dS and dK, and the last columns of dQ."""
     GROUP: gl.constexpr = shape[0]
     D: gl.constexpr = shape[1]
@@ -255,10 +233,9 @@ def _compute_keys(dk_desc, dk2_desc, DK, DQ, cu_q, cu_k, smem, bars, work, scale
     A2_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=Q_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False, 4)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False)
     if ok:
         v = v_smem.index(0).reshape([64, DV])
-        row = gl.arange(0, 64, layout=ROW)
         zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
         dq_zero = gl.zeros([64, PART], gl.float32, Q_LAYOUT)
         dk = gl.zeros([64, D], gl.float32, K_LAYOUT)
@@ -273,17 +250,10 @@ def _compute_keys(dk_desc, dk2_desc, DK, DQ, cu_q, cu_k, smem, bars, work, scale
         mbarrier.wait(kv_ready, 0)
         # dP of the first tile; from then on each turn starts the next one's
         mbarrier.wait(do_ready.index(0), 0, pred=total > 0)
-        if VARLEN:
-            if first_key + 64 > len_k:
-                zero_rows(v, len_k - first_key, 64, DV)
         dp = warpgroup_mma(v, do_smem.index(0).reshape([64, DV]).permute((1, 0)), zero, use_acc=False, is_async=True)
         dp = warpgroup_mma_wait(0, deps=[dp])
         for i in range(total):
             dp -= gl.expand_dims(delta_smem.index(slot).load(ROW), 0)
-            if VARLEN:
-                if m * 64 + 64 > len_q:
-                    # of the next sequence's rows, where P is 0: 0 * NaN is NaN
-                    dp = gl.where(gl.expand_dims(row < len_q - m * 64, 0), dp, 0.0)
             barrier_wait(p_ready, i & 1)
             ds = (p_smem.load(S_LAYOUT).to(gl.float32) * dp).to(dtype)
             ds_smem.index(i & 1).store(ds)
@@ -291,7 +261,6 @@ def _compute_keys(dk_desc, dk2_desc, DK, DQ, cu_q, cu_k, smem, bars, work, scale
             barrier_arrive(ds_ready, True)
             barrier_arrive(do_empty + slot, True)
             ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
-            # beyond a sequence's end q and K are zero by now: the other warpgroup saw to it before it made P
             mbarrier.wait(q_ready.index(slot), phase)
             dk = warpgroup_mma(ds, q_smem.index(slot).reshape([64, D]), dk, is_async=True)
             if D2:
@@ -326,34 +295,24 @@ def _compute_keys(dk_desc, dk2_desc, DK, DQ, cu_q, cu_k, smem, bars, work, scale
         dk *= scale
         if D2:
             dk2 *= scale
-        if VARLEN and first_key + 64 > len_k:
-            column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, K_LAYOUT)), 0)
-            out = gl.expand_dims(first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, K_LAYOUT)), 1)
-            at = ((start_k + out).to(gl.int64) * heads_kv + head) * (D + D2) + column
-            gl.store(DK + at, dk.to(dtype), mask=out < len_k)
-            if D2:
-                column = gl.expand_dims(D + gl.arange(0, D2, layout=gl.SliceLayout(0, Q_LAYOUT)), 0)
-                out = gl.expand_dims(first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, Q_LAYOUT)), 1)
-                at = ((start_k + out).to(gl.int64) * heads_kv + head) * (D + D2) + column
-                gl.store(DK + at, dk2.to(dtype), mask=out < len_k)
-        else:
-            # The last P told that the other warpgroup has read all tiles of q; this one's warps ask each other.
-            gl.thread_barrier()
-            q_smem.index(0).reshape([64, D]).store(dk.to(dtype))
-            if D2:
-                q2_smem.index(0).reshape([64, D2]).store(dk2.to(dtype))
-            fence_async_shared()
-            gl.thread_barrier()
-            store_bulk(dk_desc, [b, start_k + first_key, head, 0], q_smem.index(0))
-            if D2:
-                store_bulk(dk2_desc, [b, start_k + first_key, head, D], q2_smem.index(0))
-            tma.store_wait(0)
+        # The last P told that the other warpgroup has read all tiles of q; this one's warps ask each other.
+        gl.thread_barrier()
+        q_smem.index(0).reshape([64, D]).store(dk.to(dtype))
+        if D2:
+            q2_smem.index(0).reshape([64, D2]).store(dk2.to(dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        k_b, k_row = place_of(b, start_k, len_k, VARLEN)
+        store_block(dk_desc, k_b, k_row + first_key, head, 0, q_smem.index(0))
+        if D2:
+            store_block(dk2_desc, k_b, k_row + first_key, head, D, q2_smem.index(0))
+        tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "rows", "tiles", "section", "window"])
 def hopper_bwd_wide_kernel(
-    q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc, dk_desc, dk2_desc, dv_desc, DK, DV_OUT, DQ, Lse2, Delta,
-    CuSeqlensQ, CuSeqlensK,
+    q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc, dk_desc, dk2_desc, dv_desc, DQ, Lse2, Delta, CuSeqlensQ,
+    CuSeqlensK,
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
     VARLEN: gl.constexpr, WINDOW: gl.constexpr, REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
@@ -361,9 +320,9 @@ def hopper_bwd_wide_kernel(
     """One program per 64 keys of a key head, which walks the query tiles that see them, all heads of a tile in turn.
 
     *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64, 1, D) or DV, and those with a 2 of
-    the columns from D on in blocks of (1, 64, 1, D2), where D2 is not 0; a packed batch is one long sequence. DK,
-    DV_OUT: the same memory as dk_desc, dv_desc, contiguous. DQ: float32 scratch of zeros, (64, D + D2) for each tile
-    of each head in the order of scratch_offsets. Lse2, Delta: as hopper_bwd_keys_kernel's.
+    the columns from D on in blocks of (1, 64, 1, D2), where D2 is not 0; see descriptors.describe. DQ: float32 scratch
+    of zeros, (64, D + D2) for each tile of each head in the order of scratch_offsets. Lse2, Delta: as
+    hopper_bwd_keys_kernel's.
     """
     dtype: gl.constexpr = q_desc.dtype
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -417,8 +376,8 @@ def hopper_bwd_wide_kernel(
     # by place, as the partitions take it apart
     shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW)
     gl.warp_specialize([
-        (_compute_values, (dv_desc, DV_OUT, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale_log2, shape)),
-        (_compute_keys, (dk_desc, dk2_desc, DK, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale, shape)),
+        (_compute_values, (dv_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale_log2, shape)),
+        (_compute_keys, (dk_desc, dk2_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale, shape)),
         (_load, ((q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc), Lse2, Delta, CuSeqlensQ, CuSeqlensK, smem, bars,
           work, shape)),
     ], [4, 1], [REGISTERS, LOADER_REGISTERS])

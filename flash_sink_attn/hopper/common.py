@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
+from flash_sink_attn import layout
+
+CLIP: gl.constexpr = gl.constexpr(layout.CLIP)
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 # The running maximum before any key: finite, so that minus infinity less it is minus infinity and not NaN.
@@ -190,34 +193,61 @@ def sequence_bounds(cu_seqlens, index, total):
 
 
 @gluon.jit
-def _plus(a, b):
-    return a + b
+def find_sequence(cu_seqlens, batch, total, slot, BLOCK: gl.constexpr):
+    """The sequence that has a slot: (its number, its first token, its length, which of its tiles the slot is for).
+
+    Sequence i's slots begin at start_i // BLOCK + i: far enough apart for all of its tiles, and without a sum over
+    sequences. Up to one slot of each is for no tile, and so are all beyond the last one's; where offsets fall, the tile
+    may lie before the sequence.
+    """
+    low = gl.to_tensor(0)
+    high = low + batch
+    start = gl.minimum(gl.maximum(gl.load(cu_seqlens), 0), total)
+    end = gl.minimum(gl.maximum(gl.load(cu_seqlens + batch), start), total)
+    while high - low > 1:
+        middle = (low + high) // 2
+        token = gl.minimum(gl.maximum(gl.load(cu_seqlens + middle), 0), total)
+        here = token // BLOCK + middle <= slot
+        low = gl.where(here, middle, low)
+        start = gl.where(here, token, start)
+        high = gl.where(here, high, middle)
+        end = gl.where(here, end, token)
+    return low, start, gl.maximum(end - start, 0), slot - start // BLOCK - low
 
 
 @gluon.jit
-def find_tile(cu_seqlens, batch, total, tile, BLOCK: gl.constexpr, NUM_WARPS: gl.constexpr):
-    """Map a tile number to (sequence, tile within it); sequence == batch when there is no such tile.
+def place_of(b, start, length, VARLEN: gl.constexpr):
+    """Where the descriptors have row 0 of sequence ``b``, for load_block and store_block."""
+    if VARLEN:
+        return start + length, CLIP - length
+    else:
+        return b, 0
 
-    By prefix sums over the sequences' tile counts, 128 sequences at a time.
-    """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([4 // NUM_WARPS], [32], [NUM_WARPS], [0])
-    sequence = 0
-    tiles_before = 0
-    tiles_seen = 0
-    lane = gl.arange(0, 128, layout=LAYOUT)
-    for first in range(0, batch, 128):
-        index = first + lane
-        inside = index < batch
-        start = gl.load(cu_seqlens + index, mask=inside, other=0)
-        end = gl.load(cu_seqlens + index + 1, mask=inside, other=0)
-        start = gl.minimum(gl.maximum(start, 0), total)
-        end = gl.minimum(gl.maximum(end, start), total)
-        tiles = gl.where(inside, (end - start + BLOCK - 1) // BLOCK, 0)
-        passed = inside & (tiles_seen + gl.associative_scan(tiles, 0, _plus) <= tile)
-        sequence += gl.sum(passed.to(gl.int32), axis=0)
-        tiles_before += gl.sum(gl.where(passed, tiles, 0), axis=0)
-        tiles_seen += gl.sum(tiles, axis=0)
-    return sequence, tile - tiles_before
+
+@gluon.jit
+def _coordinates(desc, b, row, head, column):
+    """In (batch, seqlen, heads, head_dim), or in a descriptor that clips, see layout.clipping."""
+    RANK: gl.constexpr = len(desc.block_type.shape)
+    if RANK == 5:
+        return CLIP, b, row, head, column
+    else:
+        return b, row, head, column
+
+
+@gluon.jit
+def load_block(desc, b, row, head, column, ready, block, pred=True):
+    """Starts the copy of a block to shared memory, which will arrive at the barrier ``ready``; b, row: see place_of."""
+    tma.async_copy_global_to_shared(desc, _coordinates(desc, b, row, head, column), ready, block, pred=pred)
+
+
+# Triton 3.9 has async_store for what was async_copy_shared_to_global before.
+store_bulk = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def store_block(desc, b, row, head, column, block):
+    """Starts the copy of a block from shared memory."""
+    store_bulk(desc, _coordinates(desc, b, row, head, column), block)
 
 
 # Launches of one call overlap: a kernel that was launched as dependent starts its programs once all of the one before
@@ -296,14 +326,12 @@ def tile_of_round(round):
 
 
 @gluon.jit
-def tile_of(tile, work, GROUP: gl.constexpr, CHUNK: gl.constexpr, TOKENS: gl.constexpr,
-          VARLEN: gl.constexpr, NUM_WARPS: gl.constexpr):
+def tile_of(tile, work, GROUP: gl.constexpr, CHUNK: gl.constexpr, TOKENS: gl.constexpr, VARLEN: gl.constexpr):
     """What tile number ``tile`` is: (ok, sequence, key head, first member of its group, first token, length of the
     queries and keys, where in a packed batch they begin).
 
     Tiles go by sections of so many heads that their K and V stay in L2; within one the longest rows of a causal mask
-    go first, and heads vary fastest, so that programs that run together share K and V. What comes after a tile that is
-    none is none either.
+    go first, and heads vary fastest, so that programs that run together share K and V.
     """
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, cu_q, cu_k = work
     CHUNKS: gl.constexpr = (GROUP + CHUNK - 1) // CHUNK
@@ -311,16 +339,15 @@ def tile_of(tile, work, GROUP: gl.constexpr, CHUNK: gl.constexpr, TOKENS: gl.con
     tile = gl.minimum(tile, num_tiles - 1)  # a division by zero would follow
     if VARLEN:
         units = heads_kv * CHUNKS
-        b, t = find_tile(cu_q, batch, seqlen_q, tile // units, TOKENS, NUM_WARPS)
+        sequence, start_q, len_q, t = find_sequence(cu_q, batch, seqlen_q, tile // units, TOKENS)
         unit = tile % units
-        ok = (b < batch) & exists
-        at = gl.minimum(b, batch - 1)
-        start_q, len_q = sequence_bounds(cu_q, at, seqlen_q)
         start_k = start_q
         len_k = len_q
         if cu_k is not None:
-            start_k, len_k = sequence_bounds(cu_k, at, seqlen_k)
-        t = gl.cdiv(len_q, TOKENS) - 1 - t
+            start_k, len_k = sequence_bounds(cu_k, sequence, seqlen_k)
+        tiles = gl.cdiv(len_q, TOKENS)
+        t = tiles - 1 - t
+        ok = exists & (t >= 0) & (t < tiles)
         head_kv = unit // CHUNKS
         b = 0
     else:
@@ -338,23 +365,3 @@ def tile_of(tile, work, GROUP: gl.constexpr, CHUNK: gl.constexpr, TOKENS: gl.con
         start_q = 0
         start_k = 0
     return ok, b, head_kv, (unit % CHUNKS) * CHUNK, t * TOKENS, len_q, len_k, start_q, start_k
-
-
-@gluon.jit
-def zero_rows(tile, before, rows, BLOCK_N: gl.constexpr, DV: gl.constexpr):
-    """Zeroes the rows of a V block before ``before`` and from ``rows`` on: what the copy engine brought from the next
-    sequence of a packed batch would meet P = 0 there, and 0 * NaN is NaN. Every warpgroup does it for itself, before
-    its first use."""
-    LANES: gl.constexpr = DV // 8 if DV < 256 else 32
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
-    row = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
-    for i in gl.static_range(BLOCK_N // 16):
-        part = tile.slice(i * 16, 16, dim=0)
-        x = part.load(LAYOUT)
-        part.store(gl.where(gl.expand_dims((row + i * 16 >= before) & (row + i * 16 < rows), 1), x, gl.zeros_like(x)))
-    fence_async_shared()
-    gl.thread_barrier()
-
-
-# Triton 3.9 has async_store for what was async_copy_shared_to_global before.
-store_bulk = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global

@@ -9,6 +9,8 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flash_sink_attn.layout import clipping
+
 _templates: dict[tuple[Any, ...], TensorDescriptor] = {}
 
 
@@ -17,21 +19,25 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def describe(x: torch.Tensor, rows: int, width: int, heads: int = 1) -> TensorDescriptor:
+def describe(x: torch.Tensor, rows: int, width: int, heads: int = 1, *, clipped: bool = True) -> TensorDescriptor:
     """Of ``rows`` rows of ``heads`` heads, ``width`` columns of each, of (batch, seqlen, heads, head_dim).
 
-    A packed batch, (tokens, heads, head_dim), is one long sequence. Reads outside give zeros, writes are dropped; but
-    the copy engine knows nothing of where packed sequences end.
+    Reads outside give zeros, writes are dropped; also beyond a sequence's end in a packed batch, (tokens, heads,
+    head_dim), unless it is not ``clipped``: then it is one long sequence.
     """
     shape, strides = list(x.shape), list(x.stride())
-    if len(shape) == 3:
+    if len(shape) == 3 and not clipped:
         shape, strides = [1, *shape], [shape[0] * strides[0], *strides]
+    elif len(shape) == 3:
+        sizes, steps = clipping(shape[0], strides[0], x.element_size())
+        shape, strides = [*sizes, *shape[1:]], [*steps, *strides[1:]]
     # Gluon checks what it makes; here that is done once per kind of tensor, since every launch pays.
-    key = (x.dtype, rows, width, heads)
+    block = [*([1] * (len(shape) - 3)), rows, heads, width]
+    key = (x.dtype, *block)
     template = _templates.get(key)
     if template is None:
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * width), element_bitwidth=16, rank=4)
-        template = TensorDescriptor(x, shape, strides, [1, rows, heads, width], layout)
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * width), element_bitwidth=16, rank=len(shape))
+        template = TensorDescriptor(x, shape, strides, block, layout)
         _templates[key] = copy.copy(template)
         _templates[key].base = None
         return template

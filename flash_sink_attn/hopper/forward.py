@@ -31,13 +31,14 @@ from flash_sink_attn.hopper.common import (
     hide,
     hold_half,
     largest,
+    load_block,
+    place_of,
     quads,
     reaches,
     rescale,
-    store_bulk,
+    store_block,
     tile_of,
     tile_of_round,
-    zero_rows,
 )
 
 
@@ -60,12 +61,13 @@ def _load(tensors, shape: gl.constexpr):
     HEADS: gl.constexpr = shape[2]
     TOKENS: gl.constexpr = shape[3]
     BLOCK_N: gl.constexpr = shape[4]
+    D: gl.constexpr = shape[5]
     D2: gl.constexpr = shape[6]
-    STAGES: gl.constexpr = shape[9]
-    Q_STAGES: gl.constexpr = shape[10]
-    VARLEN: gl.constexpr = shape[11]
-    WINDOW: gl.constexpr = shape[12]
-    SPREAD: gl.constexpr = shape[13]
+    STAGES: gl.constexpr = shape[8]
+    Q_STAGES: gl.constexpr = shape[9]
+    VARLEN: gl.constexpr = shape[10]
+    WINDOW: gl.constexpr = shape[11]
+    SPREAD: gl.constexpr = shape[12]
     descs, work, smem, bars = tensors
     q_desc, q2_desc, k_desc, k2_desc, v_desc = descs
     q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem = smem
@@ -83,12 +85,14 @@ def _load(tensors, shape: gl.constexpr):
     for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
         tile = tile_of_round(round)
         ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
-            tile, work, GROUP, CHUNK, TOKENS, VARLEN, 1)
+            tile, work, GROUP, CHUNK, TOKENS, VARLEN)
         if ok:
             begin, blocks = _keys(first, len_q, len_k, window, TOKENS, BLOCK_N, WINDOW)
+            q_b, q_row = place_of(b, start_q, len_q, VARLEN)
+            k_b, k_row = place_of(b, start_k, len_k, VARLEN)
             for i in range(HEADS):
                 for c in gl.static_range(WARPGROUPS):
-                    token = start_q + first
+                    token = q_row + first
                     member = member0
                     if SPREAD:
                         member += (c + turn) % WARPGROUPS + WARPGROUPS * i
@@ -99,30 +103,25 @@ def _load(tensors, shape: gl.constexpr):
                         head = head_kv * GROUP + member
                         barrier_wait(2 * STAGES + at, q_phase)
                         mbarrier.expect(q_ready.index(at), Q_BYTES)
-                        tma.async_copy_global_to_shared(q_desc, [b, token, head, 0], q_ready.index(at),
-                                                        q_smem.index(at))
+                        load_block(q_desc, q_b, token, head, 0, q_ready.index(at), q_smem.index(at))
                         if D2:
-                            tma.async_copy_global_to_shared(q2_desc, [b, token, head, q_desc.block_type.shape[3]],
-                                                            q_ready.index(at), q2_smem.index(at))
+                            load_block(q2_desc, q_b, token, head, D, q_ready.index(at), q2_smem.index(at))
                     else:
                         barrier_wait(2 * STAGES + at, q_phase)
                         mbarrier.arrive(q_ready.index(at), count=1)
                 q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
                 if i == 0:
                     # right to left: the masked blocks at the diagonal come first
-                    key = start_k + begin + (blocks - 1) * BLOCK_N
+                    key = k_row + begin + (blocks - 1) * BLOCK_N
                     for _ in range(blocks):
                         barrier_wait(slot, phase)
                         mbarrier.expect(k_ready.index(slot), K_BYTES)
-                        tma.async_copy_global_to_shared(k_desc, [b, key, head_kv, 0], k_ready.index(slot),
-                                                        k_smem.index(slot))
+                        load_block(k_desc, k_b, key, head_kv, 0, k_ready.index(slot), k_smem.index(slot))
                         if D2:
-                            tma.async_copy_global_to_shared(k2_desc, [b, key, head_kv, k_desc.block_type.shape[3]],
-                                                            k_ready.index(slot), k2_smem.index(slot))
+                            load_block(k2_desc, k_b, key, head_kv, D, k_ready.index(slot), k2_smem.index(slot))
                         barrier_wait(STAGES + slot, phase)
                         mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
-                        tma.async_copy_global_to_shared(v_desc, [b, key, head_kv, 0], v_ready.index(slot),
-                                                        v_smem.index(slot))
+                        load_block(v_desc, k_b, key, head_kv, 0, v_ready.index(slot), v_smem.index(slot))
                         slot, phase = advance(slot, phase, STAGES)
                         key -= BLOCK_N
             turn += 1
@@ -182,16 +181,15 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
     D: gl.constexpr = shape[5]
     D2: gl.constexpr = shape[6]
     DV: gl.constexpr = shape[7]
-    DV_TRUE: gl.constexpr = shape[8]
-    STAGES: gl.constexpr = shape[9]
-    Q_STAGES: gl.constexpr = shape[10]
-    VARLEN: gl.constexpr = shape[11]
-    WINDOW: gl.constexpr = shape[12]
-    SPREAD: gl.constexpr = shape[13]
-    SPLIT_LOOPS: gl.constexpr = shape[14]
-    SHARE_Q: gl.constexpr = shape[15]
+    STAGES: gl.constexpr = shape[8]
+    Q_STAGES: gl.constexpr = shape[9]
+    VARLEN: gl.constexpr = shape[10]
+    WINDOW: gl.constexpr = shape[11]
+    SPREAD: gl.constexpr = shape[12]
+    SPLIT_LOOPS: gl.constexpr = shape[13]
+    SHARE_Q: gl.constexpr = shape[14]
     o_desc, results, work, smem, bars = tensors
-    O, Sinks, Lse, scale_log2 = results
+    Sinks, Lse, scale_log2 = results
     q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem = smem
     q_ready, k_ready, v_ready = bars
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, cu_q, cu_k = work
@@ -204,9 +202,8 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
     # Where the window's edge and the diagonal can meet in one block (WINDOW == 2), masked blocks get both comparisons.
     BOTH: gl.constexpr = WINDOW == 2 or (WINDOW and not SPLIT_LOOPS)
     EDGE_CAUSAL: gl.constexpr = WINDOW == 2
-    # Where every warpgroup has rows in every tile, it finds the next tile while the tensor cores end this one; not for
-    # packed batches, where that takes more registers than there are.
-    AHEAD: gl.constexpr = not SPREAD and not VARLEN
+    # Where every warpgroup has rows in every tile, it finds the next tile while the tensor cores end this one.
+    AHEAD: gl.constexpr = not SPREAD
     row = gl.arange(0, 64, layout=ROW_LAYOUT)
     slot = 0
     phase = 0
@@ -214,11 +211,12 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
     q_phase = 0
     turn = 0
     ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
-        tile_of_round(0), work, GROUP, CHUNK, TOKENS, VARLEN, 4)
+        tile_of_round(0), work, GROUP, CHUNK, TOKENS, VARLEN)
     for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
         if not AHEAD:
             ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
-                tile_of_round(round), work, GROUP, CHUNK, TOKENS, VARLEN, 4)
+                tile_of_round(round), work, GROUP, CHUNK, TOKENS, VARLEN)
+        there = ok
         if ok:
             n_ok, n_b, n_head_kv, n_member0, n_first, n_len_q, n_len_k, n_start_q, n_start_k = (
                 ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k)
@@ -282,10 +280,6 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
                     m = gl.expand_dims(m, 1) + gl.zeros_like(largest(quads(s)))
                     p, l = exponentials(s, m, gl.zeros_like(m), scale_log2)
                     p16 = hold_half(gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT))
-                    if VARLEN:
-                        if key + BLOCK_N > len_k:
-                            mbarrier.wait(v_ready.index(slot), phase)
-                            zero_rows(v_smem.index(slot).reshape([BLOCK_N, DV]), 0, len_k - key, BLOCK_N, DV)
                     before = slot
                     before_phase = phase
                     slot, phase = advance(slot, phase, STAGES)
@@ -338,7 +332,7 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
                     gl.store(lse_at, lse, mask=token < len_q)
                     if AHEAD:
                         n_ok, n_b, n_head_kv, n_member0, n_first, n_len_q, n_len_k, n_start_q, n_start_k = tile_of(
-                            tile_of_round(round + 1), work, GROUP, CHUNK, TOKENS, VARLEN, 4)
+                            tile_of_round(round + 1), work, GROUP, CHUNK, TOKENS, VARLEN)
                     acc = warpgroup_mma_wait(0, deps=[acc])
                     hold_half(p16)
                     barrier_arrive(STAGES + before, last)
@@ -350,26 +344,18 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
                         slot, phase = advance(slot, phase, STAGES)
                     o = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT)), 1)
                     o = o.to(v_smem.dtype)
-                    if VARLEN and first + 64 > len_q:
-                        # a copy of 64 rows would overwrite the next sequence's
-                        column = gl.expand_dims(gl.arange(0, DV, layout=gl.SliceLayout(0, O_LAYOUT)), 0)
-                        out = gl.expand_dims(first + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT)), 1)
-                        at_o = ((start_q + out).to(gl.int64) * (heads_kv * GROUP) + head_q) * DV_TRUE + column
-                        gl.store(O + at_o, o, mask=(out < len_q) & (column < DV_TRUE))
-                        if SHARE_Q:
-                            barrier_arrive(2 * STAGES + at, True)
+                    if SHARE_Q:
+                        out_smem = q_smem.index(at)
                     else:
-                        if SHARE_Q:
-                            out_smem = q_smem.index(at)
-                        else:
-                            out_smem = o_smem.index(INDEX)
-                            tma.store_wait(0)
-                        out_smem.reshape([64, DV]).store(o)
-                        fence_async_shared()
-                        store_bulk(o_desc, [b, start_q + first, head_q, 0], out_smem)
-                        if SHARE_Q:
-                            tma.store_wait(0)
-                            barrier_arrive(2 * STAGES + at, True)
+                        out_smem = o_smem.index(INDEX)
+                        tma.store_wait(0)
+                    out_smem.reshape([64, DV]).store(o)
+                    fence_async_shared()
+                    o_b, o_row = place_of(b, start_q, len_q, VARLEN)
+                    store_block(o_desc, o_b, o_row + first, head_q, 0, out_smem)
+                    if SHARE_Q:
+                        tma.store_wait(0)
+                        barrier_arrive(2 * STAGES + at, True)
                 else:
                     # no such head: its slot is passed on, so that loader and warpgroup count alike
                     mbarrier.wait(q_ready.index(at), q_phase)
@@ -387,15 +373,20 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
             if AHEAD:
                 ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = (
                     n_ok, n_b, n_head_kv, n_member0, n_first, n_len_q, n_len_k, n_start_q, n_start_k)
+        if AHEAD and VARLEN:
+            if not there:
+                # (some tiles of a packed batch are none, and others come after them)
+                ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
+                    tile_of_round(round + 1), work, GROUP, CHUNK, TOKENS, VARLEN)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "num_tiles", "tiles_per_unit", "section",
                               "window"])
 def hopper_fwd_kernel(
-    q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc, O, Sinks, Lse, CuSeqlensQ, CuSeqlensK,
+    q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc, Sinks, Lse, CuSeqlensQ, CuSeqlensK,
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, scale_log2,
-    GROUP: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, DV: gl.constexpr, DV_TRUE: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, DV: gl.constexpr,
     WARPGROUPS: gl.constexpr, HEADS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, SPREAD: gl.constexpr,
     SPLIT_LOOPS: gl.constexpr,
@@ -403,9 +394,9 @@ def hopper_fwd_kernel(
 ):
     """Persistent over tiles of 64 rows per warpgroup: tile, tile + programs, ...
 
-    *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64 or BLOCK_N, 1, part of the head dim);
-    a packed batch is one long sequence. O: the same memory as o_desc, contiguous. Lse: float32 (batch, heads_q,
-    seqlen_q), packed (heads_q, total_q). scale_log2 = softmax scale * log2(e).
+    *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64 or BLOCK_N, 1, part of the head dim),
+    see descriptors.describe. Lse: float32 (batch, heads_q, seqlen_q), packed (heads_q, total_q). scale_log2 = softmax
+    scale * log2(e).
 
     SPREAD: the warpgroups take different heads of a group at the same tokens, HEADS of them one after the other while
     K and V stay; else consecutive tokens of one head. SHARE_Q: the output leaves through Q's slot. REGISTERS: of each
@@ -442,10 +433,10 @@ def hopper_fwd_kernel(
     bars = (q_ready, k_ready, v_ready)
     work = (batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, CuSeqlensQ, CuSeqlensK)
     # by place, as _load and _compute take it apart
-    shape: gl.constexpr = (GROUP, WARPGROUPS, HEADS, TOKENS, BLOCK_N, D, D2, DV, DV_TRUE, STAGES, Q_STAGES, VARLEN,
+    shape: gl.constexpr = (GROUP, WARPGROUPS, HEADS, TOKENS, BLOCK_N, D, D2, DV, STAGES, Q_STAGES, VARLEN,
                            WINDOW, SPREAD, SPLIT_LOOPS, SHARE_Q)
     descs = (q_desc, q2_desc, k_desc, k2_desc, v_desc)
-    results = (O, Sinks, Lse, scale_log2)
+    results = (Sinks, Lse, scale_log2)
     load = (descs, work, smem, bars)
     compute = (o_desc, results, work, smem, bars)
     if WARPGROUPS == 1:

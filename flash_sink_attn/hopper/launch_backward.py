@@ -38,7 +38,7 @@ class _Call:
     """A backward: its tensors, all there, and what every launch needs to know of its shape.
 
     Attributes:
-        tiles: of 64 query rows in a sequence, of a packed batch the number of slots for them (see find_padded).
+        tiles: of 64 query rows in a sequence, of a packed batch the number of slots for them (see find_sequence).
         rows: of a head in the statistics.
         slots: parts of a sink's gradient.
         units: (batch, key head) pairs; of a packed batch key heads.
@@ -209,7 +209,6 @@ def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) 
     warpgroups, split = config.BLOCK_N // 64, config.SPLIT_GROUP
     tiles = _slots(c.sequences, c.sequences.seqlen_k, config.BLOCK_N)
     accumulates = scratch is not None
-    section = max(1, _multiprocessors(c.q.device) // tiles) if accumulates else _SECTION
     registers, dq_registers, maxnreg = {
         (True, 64): (200, 88, 128), (True, 128): (240, 0, 168)}.get((accumulates, c.width), (0, 0, 128))
     if not accumulates and warpgroups == 2:
@@ -219,16 +218,15 @@ def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) 
     # K in registers; under a window that was 3 to 15% slower in three of four shapes
     keep = accumulates and c.width == 64 and not c.window
     compiled = _launch_keeping(keep, hopper_bwd_keys_kernel, tiles * c.units * split, c.q.device, [
-        *map(c.described, (c.q, c.k, c.v, c.do, c.dk, c.dv)), c.dk, c.dv, sums, scratch, turn, c.lse2, c.delta,
+        *map(c.described, (c.q, c.k, c.v, c.do, c.dk, c.dv)), sums, scratch, turn, c.lse2, c.delta,
         *((None, None) if accumulates else (c.parts, c.dsinks)), c.sequences.cu_seqlens_q, c.sequences.cu_seqlens_k,
         c.sequences.batch, c.sequences.seqlen_q, c.sequences.seqlen_k, c.heads_kv, c.rows, tiles,
-        min(c.units * split, section), c.window, c.slots, c.scale, c.scale * LOG2E,
+        _section(c, tiles, accumulates), c.window, c.slots, c.scale, c.scale * LOG2E,
     ], {
-        "GROUP": c.group, "SPLIT": split, "D": c.width, "D_TRUE": c.q.shape[-1], "WARPGROUPS": warpgroups,
-        "STAGES": config.num_stages, "BUFFERS": config.buffers(c.width), "VARLEN": c.sequences.varlen,
-        "WINDOW": c.window > 0, "TOGETHER": accumulates and not c.window,
-        "DQ_BY": (1 if c.width == 64 else 2) if accumulates else 0, "ORDERED": turn is not None,
-        "ROUNDED": not accumulates or c.width > 64,
+        "GROUP": c.group, "SPLIT": split, "D": c.width, "WARPGROUPS": warpgroups, "STAGES": config.num_stages,
+        "BUFFERS": config.buffers(c.width), "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0,
+        "TOGETHER": accumulates and not c.window, "DQ_BY": (1 if c.width == 64 else 2) if accumulates else 0,
+        "ORDERED": turn is not None, "ROUNDED": not accumulates or c.width > 64,
         "REGISTERS": registers, "DQ_REGISTERS": dq_registers, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
     }, config.maxnreg or maxnreg, dependent=True)
     return compiled, sums
@@ -276,7 +274,6 @@ def _wide(call: _Call, scratch: torch.Tensor) -> Any:
     c = call
     (first, second), width_v = split_head_dim(c.q.shape[-1]), c.v.shape[-1]
     tiles = _slots(c.sequences, c.sequences.seqlen_k, 64)
-    section = max(1, _multiprocessors(c.q.device) // tiles)
 
     def described(x: torch.Tensor) -> tuple[Any, Any]:
         # without a second part anything stands for its descriptor
@@ -284,9 +281,9 @@ def _wide(call: _Call, scratch: torch.Tensor) -> Any:
 
     return launch(hopper_bwd_wide_kernel, tiles * c.units, c.q.device, [
         *described(c.q), *described(c.k), describe(c.v, 64, width_v), describe(c.do, 64, width_v), *described(c.dk),
-        describe(c.dv, 64, width_v), c.dk, c.dv, scratch, c.lse2, c.delta, c.sequences.cu_seqlens_q,
+        describe(c.dv, 64, width_v), scratch, c.lse2, c.delta, c.sequences.cu_seqlens_q,
         c.sequences.cu_seqlens_k, c.sequences.batch, c.sequences.seqlen_q, c.sequences.seqlen_k, c.heads_kv, c.rows,
-        tiles, min(c.units, section), c.window, c.scale, c.scale * LOG2E,
+        tiles, _section(c, tiles, True), c.window, c.scale, c.scale * LOG2E,
     ], {
         "GROUP": c.group, "D": first, "D2": second, "DV": width_v, "STAGES": c.config.num_stages,
         "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "REGISTERS": 240,
@@ -298,13 +295,14 @@ def _slide(call: _Call) -> Any:
     """All gradients in one kernel, but for the blocks of keys that two of its programs see."""
     c, device = call, call.q.device
     # one program per multiprocessor; of two tiles at least, so that no block is shared by three
-    run = max(2, -(-c.slots * c.heads_kv // _multiprocessors(device)))
+    tiles = c.sequences.seqlen_q // 64 if c.sequences.varlen else c.slots
+    run = max(2, -(-tiles * c.heads_kv // _multiprocessors(device)))
     runs = _slots(c.sequences, c.sequences.seqlen_q, 64 * run)
     varlen = c.sequences.varlen
     cu_q = c.sequences.cu_seqlens_q
     shared = workspace((c.slots * c.heads_kv * 4 * 64 * c.width,), torch.float32, device)
     compiled = launch(hopper_bwd_slide_kernel, runs * c.units, device, [
-        *map(c.described, (c.q, c.k, c.v, c.o, c.do, c.dq, c.dk, c.dv)), c.dq, c.dk, c.dv, c.dlse, c.lse, c.sinks,
+        *map(c.described, (c.q, c.k, c.v, c.o, c.do, c.dq, c.dk, c.dv)), c.dlse, c.lse, c.sinks,
         c.parts, shared, cu_q, c.sequences.batch, c.sequences.seqlen_q, c.heads_kv, c.rows, c.window, run, c.slots,
         c.scale, c.scale * LOG2E,
     ], {
@@ -318,6 +316,15 @@ def _slide(call: _Call) -> Any:
         c.rows, run, runs, c.slots, c.scale,
     ], {"D": c.width, "VARLEN": varlen}, num_warps=4, dependent=True)
     return compiled
+
+
+def _section(call: _Call, tiles: int, accumulates: bool) -> int:
+    """The ``section`` of backward_walk.key_tile: shares, or of a packed batch programs, that are to go together. Where
+    dQ is accumulated, as many as run at once."""
+    at_once = _multiprocessors(call.q.device) if accumulates else _SECTION * tiles
+    if call.sequences.varlen:
+        return at_once
+    return min(call.units * call.config.SPLIT_GROUP, max(1, at_once // tiles))
 
 
 @functools.lru_cache(maxsize=64)

@@ -42,20 +42,20 @@ def forward(
     q_desc, k_desc = describe(q, 64, first), describe(k, c.BLOCK_N, first)
     if not c.LOADER:
         return launch(hopper_alone_kernel, programs, q.device, [
-            q_desc, k_desc, describe(v, 64, width_v), describe(o, 64, width_v), o, sinks, lse, sequences.cu_seqlens_q,
+            q_desc, k_desc, describe(v, 64, width_v), describe(o, 64, width_v), sinks, lse, sequences.cu_seqlens_q,
             sequences.cu_seqlens_k, sequences.batch, sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles * units,
             tiles, min(section, units), window or 0, scale * LOG2E,
         ], {
-            "GROUP": group, "D": first, "D_TRUE": q.shape[-1], "VARLEN": sequences.varlen,
+            "GROUP": group, "D": first, "VARLEN": sequences.varlen,
             "WINDOW": _window_mode(window, 64), "SPLIT_LOOPS": c.SPLIT_LOOPS,
         }, num_warps=4, maxnreg=c.registers_per_thread)
     return launch(hopper_fwd_kernel, programs, q.device, [
         q_desc, describe(q, 64, second) if second else q_desc, k_desc,
         describe(k, c.BLOCK_N, second) if second else k_desc, describe(v, c.BLOCK_N, width_v), describe(o, 64, width_v),
-        o, sinks, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.batch, sequences.seqlen_q,
+        sinks, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.batch, sequences.seqlen_q,
         sequences.seqlen_k, heads_kv, tiles * units, tiles, min(section, units), window or 0, scale * LOG2E,
     ], {
-        "GROUP": group, "D": first, "D2": second, "DV": width_v, "DV_TRUE": v.shape[-1], "WARPGROUPS": c.warpgroups,
+        "GROUP": group, "D": first, "D2": second, "DV": width_v, "WARPGROUPS": c.warpgroups,
         "HEADS": heads, "BLOCK_N": c.BLOCK_N, "STAGES": c.num_stages, "Q_STAGES": c.Q_STAGES,
         "VARLEN": sequences.varlen, "WINDOW": _window_mode(window, c.BLOCK_N), "SPREAD": c.HEADS > 0,
         "SPLIT_LOOPS": c.SPLIT_LOOPS, "SHARE_Q": c.SHARE_Q, "REGISTERS": c.warpgroup_registers,
@@ -74,9 +74,9 @@ def _packed(
     if c.PROGRAMS_PER_SM:
         programs = min(programs, c.PROGRAMS_PER_SM * _multiprocessors(q.device))
     return launch(hopper_window_kernel, programs, q.device, [
-        *(describe(x, rows, 64, heads) for x, rows, heads in (
-            (q, 64 // c.PACK_HEADS, c.PACK_HEADS), (k, 64, 1), (v, 64, 1), (o, 64 // c.PACK_HEADS, c.PACK_HEADS))),
-        o, sinks, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.batch, sequences.seqlen_q,
+        describe(q, 64 // c.PACK_HEADS, 64, c.PACK_HEADS), describe(k, 64, 64, clipped=False),
+        describe(v, 64, 64, clipped=False), describe(o, 64 // c.PACK_HEADS, 64, c.PACK_HEADS),
+        sinks, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.batch, sequences.seqlen_q,
         sequences.seqlen_k, heads_kv, tiles * units, tiles, units, window, scale * LOG2E,
     ], {
         "GROUP": group, "PACK": c.PACK_HEADS, "HEADS": c.HEADS, "STAGES": c.num_stages, "Q_STAGES": c.Q_STAGES,

@@ -31,13 +31,14 @@ from flash_sink_attn.hopper.common import (
     follow,
     hold_half,
     largest,
+    load_block,
     per_row,
+    place_of,
     quads,
     rescale,
-    store_bulk,
+    store_block,
     tile_of,
     tile_of_round,
-    zero_rows,
 )
 
 
@@ -68,28 +69,42 @@ def _load(tensors, shape: gl.constexpr):
     q_phase = 1
     for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
         ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
-            tile_of_round(round), work, GROUP, PACK * HEADS, 64, VARLEN, 1)
+            tile_of_round(round), work, GROUP, PACK * HEADS, 64, VARLEN)
         if ok:
+            q_b, q_row = place_of(b, start_q, len_q, VARLEN)
+            # (may lie before the sequence, and so K and V of a packed batch are one long sequence)
             key = start_k + first + len_k - len_q - 64 * (STAGES - 1)
             for i in range(PACK * HEADS):
                 barrier_wait(STAGES + q_slot, q_phase)
                 mbarrier.expect(q_ready.index(q_slot), q_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    q_desc, [b, start_q + first + i % PACK * TOKENS, head_kv * GROUP + member0 + i // PACK * PACK, 0],
-                    q_ready.index(q_slot), q_smem.index(q_slot))
+                load_block(q_desc, q_b, q_row + first + i % PACK * TOKENS, head_kv * GROUP + member0 + i // PACK * PACK,
+                           0, q_ready.index(q_slot), q_smem.index(q_slot))
                 q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
                 if i == 0:
                     for at in gl.static_range(STAGES - 1, -1, -1):
                         barrier_wait(at, phase)
                         mbarrier.expect(k_ready.index(at), k_desc.block_type.nbytes)
-                        tma.async_copy_global_to_shared(
-                            k_desc, [b, key + 64 * at, head_kv, 0], k_ready.index(at),
-                            k_smem.index(8 * at)._reinterpret(k_smem.dtype, k_desc.block_type.shape, k_desc.layout))
+                        block = k_smem.index(8 * at)._reinterpret(k_smem.dtype, k_desc.block_type.shape,
+                                                                 k_desc.layout)
+                        load_block(k_desc, b, key + 64 * at, head_kv, 0, k_ready.index(at), block)
                         mbarrier.expect(v_ready.index(at), v_desc.block_type.nbytes)
-                        tma.async_copy_global_to_shared(
-                            v_desc, [b, key + 64 * at, head_kv, 0], v_ready.index(at),
-                            v_smem.index(8 * at)._reinterpret(v_smem.dtype, v_desc.block_type.shape, v_desc.layout))
+                        block = v_smem.index(8 * at)._reinterpret(v_smem.dtype, v_desc.block_type.shape,
+                                                                 v_desc.layout)
+                        load_block(v_desc, b, key + 64 * at, head_kv, 0, v_ready.index(at), block)
             phase ^= 1
+
+
+@gluon.jit
+def _zero_rows(tile, before, rows):
+    """Zeroes the rows of a block of 64 before row ``before`` and from ``rows`` on."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
+    for i in gl.static_range(4):
+        part = tile.slice(i * 16, 16, dim=0)
+        x = part.load(LAYOUT)
+        part.store(gl.where(gl.expand_dims((row + i * 16 >= before) & (row + i * 16 < rows), 1), x, gl.zeros_like(x)))
+    fence_async_shared()
+    gl.thread_barrier()
 
 
 @gluon.jit
@@ -144,7 +159,7 @@ def _step(acc, m, l, p16, before_rows, q, k_smem, v_smem, v_ready, rows, bounds,
 def _compute(tensors, shape: gl.constexpr):
     """The warpgroup that computes: one piece of 64 rows after the other."""
     o_desc, results, work, smem, bars = tensors
-    O, Sinks, Lse, scale_log2 = results
+    Sinks, Lse, scale_log2 = results
     q_smem, k_smem, v_smem, o_smem = smem
     q_ready, k_ready, v_ready = bars
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, cu_q, cu_k = work
@@ -171,7 +186,7 @@ def _compute(tensors, shape: gl.constexpr):
     lane4 = gl.expand_dims(2 * gl.arange(0, 4, layout=gl.SliceLayout(0, LANES)), 0)
     for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
         ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
-            tile_of_round(round), work, GROUP, PACK * HEADS, 64, VARLEN, 4)
+            tile_of_round(round), work, GROUP, PACK * HEADS, 64, VARLEN)
         if ok:
             base = first + len_k - len_q - PAST  # key of row 0 of the buffers
             if VARLEN:
@@ -179,8 +194,8 @@ def _compute(tensors, shape: gl.constexpr):
                 if (base < 0) | (base + PAST + 64 > len_k):
                     for at in gl.static_range(STAGES):
                         mbarrier.wait(v_ready.index(at), phase)
-                        zero_rows(v_smem.index(8 * at)._reinterpret(v_smem.dtype, [64, 64], v_smem.layout),
-                                  -base - 64 * at, len_k - base - 64 * at, 64, 64)
+                        _zero_rows(v_smem.index(8 * at)._reinterpret(v_smem.dtype, [64, 64], v_smem.layout),
+                                   -base - 64 * at, len_k - base - 64 * at)
             for i in range(PACK * HEADS):
                 token0 = first + i % PACK * TOKENS
                 earliest = token0 + len_k - len_q
@@ -256,16 +271,12 @@ def _compute(tensors, shape: gl.constexpr):
                         mbarrier.wait(v_ready.index(at), phase)
                         barrier_arrive(at, True)
                 o = (acc * gl.expand_dims(factor, 1)).to(v_smem.dtype)
-                if VARLEN and token0 + TOKENS > len_q:
-                    column = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(0, S_LAYOUT)), 0)
-                    at_o = ((start_q + token).to(gl.int64) * (heads_kv * GROUP) + head_q) * 64
-                    gl.store(O + gl.expand_dims(at_o, 1) + column, o, mask=gl.expand_dims(token < len_q, 1))
-                else:
-                    tma.store_wait(0)
-                    o_smem.index(0).reshape([64, 64]).store(o)
-                    fence_async_shared()
-                    store_bulk(o_desc, [b, start_q + token0, head_kv * GROUP + member0 + i // PACK * PACK, 0],
-                               o_smem.index(0))
+                tma.store_wait(0)
+                o_smem.index(0).reshape([64, 64]).store(o)
+                fence_async_shared()
+                o_b, o_row = place_of(b, start_q, len_q, VARLEN)
+                store_block(o_desc, o_b, o_row + token0, head_kv * GROUP + member0 + i // PACK * PACK, 0,
+                            o_smem.index(0))
                 q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
             phase ^= 1
     tma.store_wait(0)
@@ -274,7 +285,7 @@ def _compute(tensors, shape: gl.constexpr):
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "num_tiles", "tiles_per_unit", "section",
                               "window"])
 def hopper_window_kernel(
-    q_desc, k_desc, v_desc, o_desc, O, Sinks, Lse, CuSeqlensQ, CuSeqlensK,
+    q_desc, k_desc, v_desc, o_desc, Sinks, Lse, CuSeqlensQ, CuSeqlensK,
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, scale_log2,
     GROUP: gl.constexpr, PACK: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
@@ -307,7 +318,7 @@ def hopper_window_kernel(
     work = (batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, CuSeqlensQ, CuSeqlensK)
     shape: gl.constexpr = (GROUP, PACK, HEADS, STAGES, Q_STAGES, VARLEN)
     descs = (q_desc, k_desc, v_desc)
-    results = (O, Sinks, Lse, scale_log2)
+    results = (Sinks, Lse, scale_log2)
     load = (descs, work, smem, bars)
     compute = (o_desc, results, work, smem, bars)
     gl.warp_specialize([(_compute, (compute, shape)), (_load, (load, shape))], [1], [LOADER_REGISTERS])

@@ -6,8 +6,10 @@ Each output element is written once by one program and every sum has a fixed ord
 from __future__ import annotations
 
 from flash_sink_attn.kernels.common import (  # isort: skip
+    CLIP,
+    CLIPPING,
     dot,
-    find_tile,
+    find_sequence,
     in_registers,
     load_tile,
     opaque,
@@ -36,6 +38,15 @@ def _row_statistics(lse_base, delta_base, member, start, len_q, stride_rows, BLO
 
 
 @triton.jit
+def _stream_rows(source, b, head, first, BLOCK_M: tl.constexpr, TMA: tl.constexpr):
+    """A row statistic of BLOCK_M rows through its descriptor."""
+    if TMA == CLIPPING:
+        return source.load([CLIP // 4, b, head, first]).reshape([BLOCK_M])
+    else:
+        return source.load([b, head, first]).reshape([BLOCK_M])
+
+
+@triton.jit
 def divide(i, by, inverse):
     """i // by and i % by of an int32 ``i`` >= 0, where ``inverse`` is (2**32 - 1) // by as uint32.
 
@@ -49,7 +60,7 @@ def divide(i, by, inverse):
 
 @triton.jit
 def _dkdv_loop(
-    dk, dk2, dv, dv2, k, k2, v, v2, q_source, g_source, lse_source, delta_source, b, origin, stat_origin, head,
+    dk, dk2, dv, dv2, k, k2, v, v2, q_source, g_source, lse_source, delta_source, b, origin, stat_b, stat_origin, head,
     first_m, tiles, key, first_key, last_key, len_q, offset, stride_rows, stride_qs, stride_qh, stride_gs, stride_gh,
     window, scale_log2,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -58,8 +69,8 @@ def _dkdv_loop(
 ):
     """Add ``tiles`` query tiles from row first_m on, of every head of the group, to dk / scale and dv.
 
-    head: the group's first query head. origin, stat_origin: the sequence's first row in what the descriptors of
-    TMA point to. STAGES: depth of the load pipeline, None for the launch's.
+    head: the group's first query head. b, origin, stat_b, stat_origin: where the descriptors of TMA have the
+    sequence's row 0. STAGES: depth of the load pipeline, None for the launch's.
     """
     row = tl.arange(0, BLOCK_M)
     steps = tiles * GROUP
@@ -78,8 +89,8 @@ def _dkdv_loop(
             q_tile = q_source
             g_tile = g_source
             if TMA:
-                lse2 = lse_source.load([b, head + member, stat_origin + start]).reshape([BLOCK_M])
-                delta = delta_source.load([b, head + member, stat_origin + start]).reshape([BLOCK_M])
+                lse2 = _stream_rows(lse_source, stat_b, head + member, stat_origin + start, BLOCK_M, TMA)
+                delta = _stream_rows(delta_source, stat_b, head + member, stat_origin + start, BLOCK_M, TMA)
             else:
                 q_tile = q_source + member * stride_qh.to(tl.int64)
                 g_tile = g_source + member * stride_gh.to(tl.int64)
@@ -130,7 +141,7 @@ def _dkdv_loop(
     "window",
 ])
 def dkdv_kernel(
-    Q, K, V, DO, Lse2, Delta, QTail, DOTail, Lse2Tail, DeltaTail, DK, DV_, SinkPartials, DSinks, CuSeqlensQ, CuSeqlensK,
+    Q, K, V, DO, Lse2, Delta, DK, DV_, SinkPartials, DSinks, CuSeqlensQ, CuSeqlensK,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_rows,
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, num_partials, window, scale, scale_log2,
@@ -142,10 +153,10 @@ def dkdv_kernel(
     """One program: BLOCK_N keys of one key head, summed over the query heads of its group.
 
     DK, DV_: contiguous. Lse2, Delta: as dq_kernel leaves them. With TMA, Q and DO are descriptors of one
-    (1, BLOCK_M, 1, head_dim) tile, Lse2 and Delta of one (1, 1, BLOCK_M) tile, and their four tails are the pointers
-    for the end of a packed sequence. REGISTER_A: k and v stay in registers. SinkPartials (num_partials, heads_q) is
-    summed into DSinks (heads_q,) by the last program of each key head, which has the least work under a causal mask;
-    both may be None.
+    (1, BLOCK_M, 1, head_dim) tile, Lse2 and Delta of one (1, 1, BLOCK_M) tile, of a packed batch ones that clip, the
+    statistics' in units of 16 rows (see launch._row_descriptor). REGISTER_A: k and v stay in registers. SinkPartials
+    (num_partials, heads_q) is summed into DSinks (heads_q,) by the last program of each key head, which has the least
+    work under a causal mask; both may be None.
     """
     heads_q = heads_kv * GROUP
     stride_qs = stride_qs * STRIDE_UNIT
@@ -170,25 +181,27 @@ def dkdv_kernel(
             tl.store(DSinks + head_kv * GROUP + member, round_to(dsinks, DSinks.dtype.element_ty), mask=member < GROUP)
     if VARLEN:
         if CuSeqlensK is None:
-            b, tile = find_tile(CuSeqlensQ, batch, seqlen_q, pid // heads_kv, 1, BLOCK_N)
+            b, start_k, len_k, tile = find_sequence(CuSeqlensQ, batch, seqlen_q, pid // heads_kv, 1, BLOCK_N)
         else:
-            b, tile = find_tile(CuSeqlensK, batch, seqlen_k, pid // heads_kv, 1, BLOCK_N)
-        if b >= batch:
+            b, start_k, len_k, tile = find_sequence(CuSeqlensK, batch, seqlen_k, pid // heads_kv, 1, BLOCK_N)
+        if (tile < 0) | (tile * BLOCK_N >= len_k):
             return
-        start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
-        start_k = start_q
-        len_k = len_q
+        start_q = start_k
+        len_q = len_k
         if CuSeqlensK is not None:
-            start_k, len_k = sequence_bounds(CuSeqlensK, b, seqlen_k)
+            start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
         q_origin = start_q.to(tl.int64) * stride_qs
         g_origin = start_q.to(tl.int64) * stride_gs
         k_origin = start_k.to(tl.int64) * stride_ks
         v_origin = start_k.to(tl.int64) * stride_vs
         k_token = start_k.to(tl.int64)
-        b_tma = 0
-        q_token = start_q
-        stat_token = (start_q // 16 + b) * 16
-        stat_origin = (head_kv * GROUP) * stride_rows.to(tl.int64) + stat_token
+        q_tma = start_q + len_q
+        q_token = CLIP - len_q
+        first_stat = (start_q // 16 + b) * 16
+        sixteens = (len_q + 15) // 16
+        stat_tma = start_q // 16 + b + sixteens
+        stat_token = CLIP - sixteens * 16
+        stat_origin = (head_kv * GROUP) * stride_rows.to(tl.int64) + first_stat
     else:
         b = (pid // heads_kv) % batch
         tile = pid // (heads_kv * batch)
@@ -199,7 +212,8 @@ def dkdv_kernel(
         k_origin = b.to(tl.int64) * stride_kb * STRIDE_UNIT
         v_origin = b.to(tl.int64) * stride_vb * STRIDE_UNIT
         k_token = b.to(tl.int64) * seqlen_k
-        b_tma = b
+        q_tma = b
+        stat_tma = b
         q_token = 0
         stat_token = 0
         stat_origin = (b * heads_q + head_kv * GROUP).to(tl.int64) * stride_rows
@@ -211,6 +225,7 @@ def dkdv_kernel(
     row_ok = key < len_k
     k_base = K + k_origin + first.to(tl.int64) * stride_ks + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
     v_base = V + v_origin + first.to(tl.int64) * stride_vs + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
+    STREAM: tl.constexpr = (CLIPPING if VARLEN else 1) if TMA else 0
     if TMA:
         q_rows = Q
         g_rows = DO
@@ -239,20 +254,15 @@ def dkdv_kernel(
     end = len_q
     if WINDOW:
         end = tl.maximum(tl.minimum(first + BLOCK_N - 1 - offset + window, len_q), begin)
-    all_tiles = tl.cdiv(end - begin, BLOCK_M)
-    tiles = all_tiles
-    if VARLEN and TMA:
-        # The copy engine does not clip at the end of a packed sequence: the tile that crosses it comes by pointers.
-        tiles = tl.minimum(all_tiles, (len_q - begin) // BLOCK_M)
-    tail = begin + tiles * BLOCK_M
+    tiles = tl.cdiv(end - begin, BLOCK_M)
     group_head = head_kv * GROUP
     if SPLIT_LOOPS:
         # tiles whose first row comes before the last of these keys
         cut = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_N - 1 - offset - begin, 0), BLOCK_M), tiles)
         dk, dk2, dv, dv2 = _dkdv_loop(
-            dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, b_tma, q_token, stat_token,
+            dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, q_tma, q_token, stat_tma, stat_token,
             group_head, begin, cut, key, first, last, len_q, offset, stride_rows, stride_qs, stride_qh, stride_gs,
-            stride_gh, window, scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, True,
+            stride_gh, window, scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, STREAM, True,
             WINDOW == 2, False, None)
         begin += cut * BLOCK_M
         tiles -= cut
@@ -261,32 +271,22 @@ def dkdv_kernel(
             # tiles whose last row still sees the first of these keys
             cut = tl.minimum(tl.maximum((first - offset + window - begin) // BLOCK_M, 0), tiles)
         dk, dk2, dv, dv2 = _dkdv_loop(
-            dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, b_tma, q_token, stat_token,
+            dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, q_tma, q_token, stat_tma, stat_token,
             group_head, begin, cut, key, first, last, len_q, offset, stride_rows, stride_qs, stride_qh, stride_gs,
-            stride_gh, window, scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, False,
+            stride_gh, window, scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, STREAM, False,
             False, False, None)
         if WINDOW:
             dk, dk2, dv, dv2 = _dkdv_loop(
-                dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, b_tma, q_token, stat_token,
-                group_head, begin + cut * BLOCK_M, tiles - cut, key, first, last, len_q, offset, stride_rows,
-                stride_qs, stride_qh, stride_gs, stride_gh, window, scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D,
-                BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, False, True, False, None)
+                dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, q_tma, q_token, stat_tma,
+                stat_token, group_head, begin + cut * BLOCK_M, tiles - cut, key, first, last, len_q, offset,
+                stride_rows, stride_qs, stride_qh, stride_gs, stride_gh, window, scale_log2, GROUP, BLOCK_M, D, DV,
+                BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, STREAM, False, True, False, None)
     else:
         dk, dk2, dv, dv2 = _dkdv_loop(
-            dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, b_tma, q_token, stat_token,
+            dk, dk2, dv, dv2, k, k2, v, v2, q_rows, g_rows, lse_rows, delta_rows, q_tma, q_token, stat_tma, stat_token,
             group_head, begin, tiles, key, first, last, len_q, offset, stride_rows, stride_qs, stride_qh, stride_gs,
-            stride_gh, window, scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, True,
+            stride_gh, window, scale_log2, GROUP, BLOCK_M, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2, STREAM, True,
             WINDOW > 0, BRANCH_MASKS, None)
-    if VARLEN and TMA:
-        TAIL_M: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M  # few registers matter more here than speed
-        tail_tiles = tl.cdiv(tl.maximum(end - tail, 0), TAIL_M)
-        dk, dk2, dv, dv2 = _dkdv_loop(
-            dk, dk2, dv, dv2, k, k2, v, v2, QTail + q_origin + group_head.to(tl.int64) * stride_qh,
-            DOTail + g_origin + group_head.to(tl.int64) * stride_gh, Lse2Tail + stat_origin, DeltaTail + stat_origin,
-            b_tma, q_token, stat_token, group_head, tail, tail_tiles, key, first, last, len_q, offset, stride_rows,
-            stride_qs, stride_qh, stride_gs, stride_gh, window, scale_log2, GROUP, TAIL_M, D, DV, BLOCK_D, BLOCK_D2,
-            BLOCK_DV, BLOCK_DV2, False, True, WINDOW > 0, False, 1)
-
     stride_dk = heads_kv * D
     stride_dv = heads_kv * DV
     dk_base = DK + (k_token + first) * stride_dk + head_kv.to(tl.int64) * D

@@ -6,9 +6,11 @@ Each output element is written once by one program and every sum has a fixed ord
 from __future__ import annotations
 
 from flash_sink_attn.kernels.common import (  # isort: skip
+    CLIP,
+    CLIPPING,
     LOG2E,
     dot,
-    find_tile,
+    find_sequence,
     in_registers,
     load_tile,
     opaque,
@@ -80,7 +82,7 @@ def _dq_loop(
     "window",
 ])
 def dq_kernel(
-    Q, K, V, KTail, VTail, Sinks, O, DO, Lse, DLse, DQ, Lse2, Delta, SinkPartials, CuSeqlensQ, CuSeqlensK,
+    Q, K, V, Sinks, O, DO, Lse, DLse, DQ, Lse2, Delta, SinkPartials, CuSeqlensQ, CuSeqlensK,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_rows,
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, window, scale, scale_log2,
@@ -115,26 +117,27 @@ def dq_kernel(
     head = pid % heads
     if VARLEN:
         slot = pid // heads
-        b, tile = find_tile(CuSeqlensQ, batch, seqlen_q, slot, ROWS_PER_TOKEN, BLOCK_M)
-        if b >= batch:
+        b, start_q, len_q, tile = find_sequence(CuSeqlensQ, batch, seqlen_q, slot, ROWS_PER_TOKEN, BLOCK_M)
+        tiles = (len_q * ROWS_PER_TOKEN + BLOCK_M - 1) // BLOCK_M
+        tile = tiles - 1 - tile
+        if (tile < 0) | (tile >= tiles):
             if SinkPartials is not None:
                 at = SinkPartials + slot * heads_q + head * ROWS_PER_TOKEN
                 tl.store(at + in_group, tl.zeros([BLOCK_GROUP], tl.float32), mask=in_group < ROWS_PER_TOKEN)
             return
-        start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
         start_k = start_q
         len_k = len_q
         if CuSeqlensK is not None:
             start_k, len_k = sequence_bounds(CuSeqlensK, b, seqlen_k)
-        tile = (len_q * ROWS_PER_TOKEN + BLOCK_M - 1) // BLOCK_M - 1 - tile
         q_origin = start_q.to(tl.int64) * stride_qs
         k_origin = start_k.to(tl.int64) * stride_ks
         v_origin = start_k.to(tl.int64) * stride_vs
         g_origin = start_q.to(tl.int64) * stride_gs
         o_token = start_q.to(tl.int64)
-        b_tma = 0
+        q_tma = 0
         q_token = start_q
-        k_token = start_k
+        k_tma = start_k + len_k
+        k_token = CLIP - len_k
         first_lse = o_token
         first_stat = (start_q // 16 + b) * 16
     else:
@@ -148,7 +151,8 @@ def dq_kernel(
         v_origin = b.to(tl.int64) * stride_vb * STRIDE_UNIT
         g_origin = b.to(tl.int64) * stride_gb * STRIDE_UNIT
         o_token = b.to(tl.int64) * seqlen_q
-        b_tma = b
+        q_tma = b
+        k_tma = b
         q_token = 0
         k_token = 0
         first_lse = b.to(tl.int64) * heads_q * seqlen_q
@@ -179,11 +183,11 @@ def dq_kernel(
     g_base = DO
     if OWN_TMA:
         if PACK_GQA:
-            q = Q.load([b_tma, q_token + first, head_kv, 0, 0]).reshape([BLOCK_M, BLOCK_D])
-            do = DO.load([b_tma, q_token + first, head_kv, 0, 0]).reshape([BLOCK_M, BLOCK_DV])
+            q = Q.load([q_tma, q_token + first, head_kv, 0, 0]).reshape([BLOCK_M, BLOCK_D])
+            do = DO.load([q_tma, q_token + first, head_kv, 0, 0]).reshape([BLOCK_M, BLOCK_DV])
         else:
-            q = Q.load([b_tma, q_token + first, head, 0]).reshape([BLOCK_M, BLOCK_D])
-            do = DO.load([b_tma, q_token + first, head, 0]).reshape([BLOCK_M, BLOCK_DV])
+            q = Q.load([q_tma, q_token + first, head, 0]).reshape([BLOCK_M, BLOCK_D])
+            do = DO.load([q_tma, q_token + first, head, 0]).reshape([BLOCK_M, BLOCK_DV])
     else:
         q_base = Q + q_origin + first.to(tl.int64) * stride_qs + first_head * stride_qh
         g_base = DO + g_origin + first.to(tl.int64) * stride_gs + first_head * stride_gh
@@ -232,6 +236,7 @@ def dq_kernel(
         else:
             tl.store(SinkPartials + slot * heads_q + head, tl.sum(share, 0))
     if DQ is not None:
+        STREAM: tl.constexpr = (CLIPPING if VARLEN else 1) if TMA else 0
         k_rows = K
         v_rows = V
         if not TMA:
@@ -260,39 +265,28 @@ def dq_kernel(
         end = tl.maximum(latest + 1, 0)
         edge = latest - window + 1
         diagonal = earliest + 1
-        stop = end
-        if VARLEN and TMA:
-            stop = tl.minimum(end, begin + tl.maximum(len_k - begin, 0) // BLOCK_N * BLOCK_N)
         if SPLIT_LOOPS:
             cut = begin
             if WINDOW:
-                cut = tl.minimum(begin + tl.cdiv(tl.maximum(edge - begin, 0), BLOCK_N) * BLOCK_N, stop)
+                cut = tl.minimum(begin + tl.cdiv(tl.maximum(edge - begin, 0), BLOCK_N) * BLOCK_N, end)
                 dq, dq2 = _dq_loop(
-                    dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, b_tma, k_token, head_kv, begin, cut,
+                    dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, k_tma, k_token, head_kv, begin, cut,
                     position, edge, diagonal, len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D,
-                    BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, WINDOW == 2, True, False, None)
+                    BLOCK_D2, BLOCK_DV, BLOCK_DV2, STREAM, WINDOW == 2, True, False, None)
             last = tl.maximum(begin + tl.maximum((diagonal - begin) // BLOCK_N, 0) * BLOCK_N, cut)
             dq, dq2 = _dq_loop(
-                dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, b_tma, k_token, head_kv, cut, last,
+                dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, k_tma, k_token, head_kv, cut, last,
                 position, edge, diagonal, len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D,
-                BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, False, False, False, None)
+                BLOCK_D2, BLOCK_DV, BLOCK_DV2, STREAM, False, False, False, None)
             dq, dq2 = _dq_loop(
-                dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, b_tma, k_token, head_kv, last, stop,
+                dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, k_tma, k_token, head_kv, last, end,
                 position, edge, diagonal, len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D,
-                BLOCK_D2, BLOCK_DV, BLOCK_DV2, TMA, True, WINDOW == 2, False, None)
+                BLOCK_D2, BLOCK_DV, BLOCK_DV2, STREAM, True, WINDOW == 2, False, None)
         else:
             dq, dq2 = _dq_loop(
-                dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, b_tma, k_token, head_kv, begin, stop, position,
+                dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, k_tma, k_token, head_kv, begin, end, position,
                 edge, diagonal, len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2,
-                BLOCK_DV, BLOCK_DV2, TMA, True, WINDOW > 0, BRANCH_MASKS, None)
-        if VARLEN and TMA:
-            TAIL_N: tl.constexpr = 32 if BLOCK_N > 32 else BLOCK_N  # few registers matter more here than speed
-            k_rows = KTail + k_origin + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
-            v_rows = VTail + v_origin + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
-            dq, dq2 = _dq_loop(
-                dq, dq2, q, q2, do, do2, lse2, delta, k_rows, v_rows, b_tma, k_token, head_kv, stop, end, position,
-                edge, diagonal, len_k, stride_ks, stride_vs, window, scale_log2, TAIL_N, D, DV, BLOCK_D, BLOCK_D2,
-                BLOCK_DV, BLOCK_DV2, False, True, WINDOW > 0, False, 1)
+                BLOCK_DV, BLOCK_DV2, STREAM, True, WINDOW > 0, BRANCH_MASKS, None)
         stride_dq = heads_q * D
         dq_base = DQ + (o_token + first) * stride_dq + first_head * D
         dq_row = token * stride_dq + member * D

@@ -7,6 +7,8 @@ from flash_sink_attn._mode import INTERPRETING  # isort: skip  (before any trito
 import triton
 import triton.language as tl
 
+from flash_sink_attn import layout
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -16,6 +18,10 @@ FAR_BELOW: tl.constexpr = tl.constexpr(-1.0e38)
 # Values of the kernels' WINDOW parameter. With MEETING a tile can be cut by the window's edge and by the diagonal at
 # once; with APART no tile is, so each masked loop needs one comparison only.
 NO_WINDOW, APART, MEETING = 0, 1, 2
+
+# A value of TMA where a tile is streamed through a packed batch's descriptor, which clips: see layout.clipping.
+CLIPPING: tl.constexpr = tl.constexpr(2)
+CLIP: tl.constexpr = tl.constexpr(layout.CLIP)
 
 
 # Triton's interpreter holds bfloat16 as raw 16-bit integers: its dot would multiply those, its casts cut the low bits
@@ -60,30 +66,35 @@ def sequence_bounds(cu_seqlens, index, total):
 
 
 @triton.jit
-def find_tile(cu_seqlens, batch, total, tile, ROWS_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Map a global tile number to (sequence, tile within it); sequence == batch when there is no such tile.
+def find_sequence(cu_seqlens, batch, total, slot, ROWS_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+    """The sequence that has a slot: (its number, its first token, its length, which of its tiles the slot is for).
 
-    Every program walks the prefix sums of the sequences' tile counts itself: a few loads from L2 instead of a map
-    built by another launch or a grid padded to the longest sequence. (A search that also returned the sequence's bounds
-    cost 22 registers and 10% of a windowed forward's time.)
+    Sequence i's slots begin at start_i * ROWS_PER_TOKEN // BLOCK + i: far enough apart for all of its tiles, and
+    without a sum over sequences. Up to one slot of each is for no tile, and so are all beyond the last one's. Every
+    program searches for itself, in two loads and one for each doubling of the batch, mostly from L1: less than a map
+    costs that another launch would build, or a grid padded to the longest sequence.
     """
-    CHUNK: tl.constexpr = 128
-    sequence = 0
-    tiles_before = 0
-    tiles_seen = 0
-    for first in range(0, batch, CHUNK):
-        index = first + tl.arange(0, CHUNK)
-        inside = index < batch
-        start = tl.load(cu_seqlens + index, mask=inside, other=0)
-        end = tl.load(cu_seqlens + index + 1, mask=inside, other=0)
-        start = tl.minimum(tl.maximum(start, 0), total)
-        end = tl.minimum(tl.maximum(end, start), total)
-        tiles = tl.where(inside, ((end - start) * ROWS_PER_TOKEN + BLOCK - 1) // BLOCK, 0)
-        passed = inside & (tiles_seen + tl.cumsum(tiles, 0) <= tile)
-        sequence += tl.sum(passed.to(tl.int32), 0)
-        tiles_before += tl.sum(tl.where(passed, tiles, 0), 0)
-        tiles_seen += tl.sum(tiles, 0)
-    return sequence, tile - tiles_before
+    low = tl.full([], 0, tl.int32)
+    high = low + batch
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens), 0), total)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + batch), start), total)
+    while high - low > 1:
+        middle = (low + high) // 2
+        token = tl.minimum(tl.maximum(tl.load(cu_seqlens + middle), 0), total)
+        here = _first_slot(token, middle, ROWS_PER_TOKEN, BLOCK) <= slot
+        low = tl.where(here, middle, low)
+        start = tl.where(here, token, start)
+        high = tl.where(here, high, middle)
+        end = tl.where(here, end, token)
+    return low, start, tl.maximum(end - start, 0), slot - _first_slot(start, low, ROWS_PER_TOKEN, BLOCK)
+
+
+@triton.jit
+def _first_slot(token, sequence, ROWS_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+    if ROWS_PER_TOKEN > 1:
+        return (token.to(tl.int64) * ROWS_PER_TOKEN // BLOCK).to(tl.int32) + sequence
+    else:
+        return token // BLOCK + sequence
 
 
 @triton.jit
@@ -112,10 +123,13 @@ def stream_tile(
 ):
     """Load BLOCK rows from row ``first`` of one head of one sequence on.
 
-    source: with TMA a descriptor of (batch, seqlen, heads, head_dim), in which the sequence begins at row ``origin``;
-    else a pointer to row 0 of the head, ``stride`` elements from row to row.
+    source: with TMA a descriptor of (batch, seqlen, heads, head_dim), or with TMA == CLIPPING one that clips, in which
+    the sequence has row 0 at (CLIP, b, origin); else a pointer to row 0 of the head, whose rows are ``stride`` elements
+    apart.
     """
-    if TMA:
+    if TMA == CLIPPING:
+        return source.load([CLIP, b, origin + first, head, FIRST]).reshape([BLOCK, BLOCK_D])
+    elif TMA:
         return source.load([b, origin + first, head, FIRST]).reshape([BLOCK, BLOCK_D])
     else:  # (not redundant: Triton compiles what follows a return)
         return load_tile(source + first * stride.to(tl.int64), row, stride, row_ok, FIRST, BLOCK_D, D, MASK_ROWS)

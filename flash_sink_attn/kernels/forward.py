@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from flash_sink_attn.kernels.common import (  # isort: skip
+    CLIP,
+    CLIPPING,
     FAR_BELOW,
     LN2,
     LOG2E,
     dot,
-    find_tile,
+    find_sequence,
     in_registers,
     load_tile,
     opaque,
@@ -109,8 +111,8 @@ def fwd_kernel(
     (batch, heads_q, seqlen_q). Varlen: the batch stride is unused, seqlen_q and seqlen_k are total token counts,
     Lse is (heads_q, total_q). window is read when WINDOW; scale_log2 = softmax scale * log2(e).
 
-    With TMA, K and V are descriptors of one (1, BLOCK_N, 1, head_dim) tile of (batch, seqlen, heads, head_dim), a
-    packed batch being one long sequence; KTail and VTail are then its pointers. With OWN_TMA, Q is one of a
+    With TMA, K and V are descriptors of one (1, BLOCK_N, 1, head_dim) tile of (batch, seqlen, heads, head_dim), of a
+    packed batch one that clips; with TAIL_N, KTail and VTail are then their pointers. With OWN_TMA, Q is one of a
     (1, BLOCK_M, 1, head_dim) tile, or, when PACK_GQA, of (1, BLOCK_M / GROUP, 1, GROUP, head_dim) with the heads split
     in two dimensions. REGISTER_A: q stays in registers as the matrix instruction's first operand. SPLIT_LOOPS,
     BRANCH_MASKS, TAIL_N: see TileConfig.
@@ -127,22 +129,24 @@ def fwd_kernel(
     pid = tl.program_id(0)
     if VARLEN:
         head = pid % heads
-        b, tile = find_tile(CuSeqlensQ, batch, seqlen_q, pid // heads, ROWS_PER_TOKEN, BLOCK_M)
-        if b >= batch:
+        b, start_q, len_q, tile = find_sequence(CuSeqlensQ, batch, seqlen_q, pid // heads, ROWS_PER_TOKEN, BLOCK_M)
+        tiles = (len_q * ROWS_PER_TOKEN + BLOCK_M - 1) // BLOCK_M
+        tile = tiles - 1 - tile
+        # no tile; or offsets that fall lead before a sequence's beginning
+        if (tile < 0) | (tile >= tiles):
             return
-        start_q, len_q = sequence_bounds(CuSeqlensQ, b, seqlen_q)
         start_k = start_q
         len_k = len_q
         if CuSeqlensK is not None:
             start_k, len_k = sequence_bounds(CuSeqlensK, b, seqlen_k)
-        tile = (len_q * ROWS_PER_TOKEN + BLOCK_M - 1) // BLOCK_M - 1 - tile
         q_origin = start_q.to(tl.int64) * stride_qs
         k_origin = start_k.to(tl.int64) * stride_ks
         v_origin = start_k.to(tl.int64) * stride_vs
         o_token = start_q.to(tl.int64)
-        b_tma = 0
+        q_tma = 0
         q_token = start_q
-        k_token = start_k
+        k_tma = start_k + len_k
+        k_token = CLIP - len_k
     else:
         head = pid % heads
         b = (pid // heads) % batch
@@ -153,7 +157,8 @@ def fwd_kernel(
         k_origin = b.to(tl.int64) * stride_kb * STRIDE_UNIT
         v_origin = b.to(tl.int64) * stride_vb * STRIDE_UNIT
         o_token = b.to(tl.int64) * seqlen_q
-        b_tma = b
+        q_tma = b
+        k_tma = b
         q_token = 0
         k_token = 0
 
@@ -171,9 +176,9 @@ def fwd_kernel(
     row_ok = first + token < len_q
     if OWN_TMA:
         if PACK_GQA:
-            q = Q.load([b_tma, q_token + first, head_kv, 0, 0]).reshape([BLOCK_M, BLOCK_D])
+            q = Q.load([q_tma, q_token + first, head_kv, 0, 0]).reshape([BLOCK_M, BLOCK_D])
         else:
-            q = Q.load([b_tma, q_token + first, head, 0]).reshape([BLOCK_M, BLOCK_D])
+            q = Q.load([q_tma, q_token + first, head, 0]).reshape([BLOCK_M, BLOCK_D])
     else:
         q_base = Q + q_origin + first.to(tl.int64) * stride_qs
         if PACK_GQA:
@@ -186,6 +191,7 @@ def fwd_kernel(
     q2 = q
     if BLOCK_D2:
         q2 = in_registers(load_tile(q_base, q_row, 1, row_ok, BLOCK_D, BLOCK_D2, D, True), row_ok, REGISTER_A)
+    STREAM: tl.constexpr = (CLIPPING if VARLEN else 1) if TMA else 0
     k_rows = K
     v_rows = V
     if not TMA:
@@ -211,7 +217,7 @@ def fwd_kernel(
     edge = latest - window + 1
     diagonal = earliest + 1
     stop = end
-    if TAIL_N and not (VARLEN and TMA):
+    if TAIL_N:
         # What is left after the last whole tile, if it is little, is a small tile of its own, whose loads are under way
         # from here on.
         whole = begin + (end - begin) // BLOCK_N * BLOCK_N
@@ -229,34 +235,31 @@ def fwd_kernel(
             k_tail2 = load_tile(k_base, tail, stride_ks, tail_ok, BLOCK_D, BLOCK_D2, D, True)
         if BLOCK_DV2:
             v_tail2 = load_tile(v_base, tail, stride_vs, tail_ok, BLOCK_DV, BLOCK_DV2, DV, True)
-    if VARLEN and TMA:
-        # The copy engine does not clip at the end of a packed sequence: the tile that crosses it comes by pointers.
-        stop = tl.minimum(end, begin + tl.maximum(len_k - begin, 0) // BLOCK_N * BLOCK_N)
     if SPLIT_LOOPS:
         cut = begin
         if WINDOW:
             # key tiles that start before the last row's window
             cut = tl.minimum(begin + tl.cdiv(tl.maximum(edge - begin, 0), BLOCK_N) * BLOCK_N, stop)
             acc, acc2, l, m = _attend(
-                acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, begin, cut, position, edge, diagonal,
+                acc, acc2, l, m, q, q2, k_rows, v_rows, k_tma, k_token, head_kv, begin, cut, position, edge, diagonal,
                 len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV,
-                BLOCK_DV2, TMA, WINDOW == 2, True, False, None)
+                BLOCK_DV2, STREAM, WINDOW == 2, True, False, None)
         # key tiles that end at or before the first row's own key
         last = tl.maximum(begin + tl.maximum((diagonal - begin) // BLOCK_N, 0) * BLOCK_N, cut)
         acc, acc2, l, m = _attend(
-            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, cut, last, position, edge, diagonal,
+            acc, acc2, l, m, q, q2, k_rows, v_rows, k_tma, k_token, head_kv, cut, last, position, edge, diagonal,
             len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2,
-            TMA, False, False, False, None)
+            STREAM, False, False, False, None)
         acc, acc2, l, m = _attend(
-            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, last, stop, position, edge, diagonal,
+            acc, acc2, l, m, q, q2, k_rows, v_rows, k_tma, k_token, head_kv, last, stop, position, edge, diagonal,
             len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2,
-            TMA, True, WINDOW == 2, False, None)
+            STREAM, True, WINDOW == 2, False, None)
     else:
         acc, acc2, l, m = _attend(
-            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, begin, stop, position, edge, diagonal,
+            acc, acc2, l, m, q, q2, k_rows, v_rows, k_tma, k_token, head_kv, begin, stop, position, edge, diagonal,
             len_k, stride_ks, stride_vs, window, scale_log2, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2,
-            TMA, True, WINDOW > 0, BRANCH_MASKS, None)
-    if TAIL_N and not (VARLEN and TMA):
+            STREAM, True, WINDOW > 0, BRANCH_MASKS, None)
+    if TAIL_N:
         if stop < end:
             p, alpha, l, m = _softmax(
                 l, m, q, q2, k_tail, k_tail2, stop, stop + tail, position, edge, diagonal, window, scale_log2, TAIL_N,
@@ -264,14 +267,6 @@ def fwd_kernel(
             acc = dot(p, v_tail, acc * alpha[:, None])
             if BLOCK_DV2:
                 acc2 = dot(p, v_tail2, acc2 * alpha[:, None])
-    if VARLEN and TMA:
-        CROSSING_N: tl.constexpr = 32 if BLOCK_N > 32 else BLOCK_N  # few registers matter more here than speed
-        k_rows = KTail + k_origin + head_kv.to(tl.int64) * stride_kh * STRIDE_UNIT
-        v_rows = VTail + v_origin + head_kv.to(tl.int64) * stride_vh * STRIDE_UNIT
-        acc, acc2, l, m = _attend(
-            acc, acc2, l, m, q, q2, k_rows, v_rows, b_tma, k_token, head_kv, stop, end, position, edge, diagonal,
-            len_k, stride_ks, stride_vs, window, scale_log2, CROSSING_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2,
-            False, True, WINDOW > 0, False, 1)
 
     # The sink enters here and not as the initial maximum: a sink far above the logits would flush P to zero in half.
     if Sinks is not None:

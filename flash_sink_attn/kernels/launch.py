@@ -23,7 +23,7 @@ from flash_sink_attn.kernels.backward_dkdv import dkdv_kernel
 from flash_sink_attn.kernels.backward_dq import dq_kernel
 from flash_sink_attn.kernels.common import APART, MEETING, NO_WINDOW
 from flash_sink_attn.kernels.forward import fwd_kernel
-from flash_sink_attn.layout import LOG2E, Sequences, describable, launchable, strides_of
+from flash_sink_attn.layout import CLIP, LOG2E, Sequences, clipping, describable, launchable, strides_of
 from flash_sink_attn.machine_code import fault_of
 from flash_sink_attn.validity import split_head_dim
 
@@ -53,12 +53,19 @@ def _describe(x: torch.Tensor, shape: list[int], strides: list[int], block: list
     return made
 
 
-def _descriptor(x: torch.Tensor, block: int, group: int = 1) -> TensorDescriptor:
-    """Of ``block`` rows of one head of (batch, seqlen, heads, head_dim); a packed batch is one long sequence.
+def _descriptor(x: torch.Tensor, block: int) -> TensorDescriptor:
+    """Of ``block`` rows of one head of (batch, seqlen, heads, head_dim); of a packed batch one that clips."""
+    if x.dim() == 3:
+        (tokens, heads, head_dim), (s, h, _) = x.shape, x.stride()
+        sizes, strides = clipping(tokens, s, x.element_size())
+        return _describe(x, [*sizes, heads, head_dim], [*strides, h, 1], [1, 1, block, 1, head_dim])
+    return _describe(x, list(x.shape), list(x.stride()), [1, block, 1, x.shape[-1]])
 
-    With a ``group``, of block / group rows of all heads of a group, the heads split in two dimensions. The copy engine
-    clips at the end of a sequence, but not at the ends of packed ones.
-    """
+
+def _own_descriptor(x: torch.Tensor, block: int, group: int) -> TensorDescriptor:
+    """The same for the tile that is a program's own, of which rows that do not exist may be anything: a packed batch is
+    one long sequence. With a ``group``, of block / group rows of all heads of a group, the heads split in two
+    dimensions."""
     shape, stride = x.shape, x.stride()
     if len(shape) == 3:
         batch, b = 1, shape[0] * stride[0]
@@ -71,9 +78,17 @@ def _descriptor(x: torch.Tensor, block: int, group: int = 1) -> TensorDescriptor
     return _describe(x, [batch, seqlen, heads, head_dim], [b, s, h, 1], [1, block, 1, head_dim])
 
 
-def _row_descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:
-    """Of ``block`` rows of one head of (batch, heads, rows)."""
-    return _describe(rows, list(rows.shape), list(rows.stride()), [1, 1, block])
+def _row_descriptor(rows: torch.Tensor, block: int, varlen: bool) -> TensorDescriptor:
+    """Of ``block`` rows of one head of (batch, heads, rows).
+
+    Of a packed batch one that clips, as :func:`clipping`, but that strides are multiples of 16 bytes and a row here has
+    four: a sequence's first row and its length rounded up are multiples of 16, and row r of it is at (CLIP / 4,
+    (first + rounded) / 16, head, CLIP - rounded + r).
+    """
+    if not varlen:
+        return _describe(rows, list(rows.shape), list(rows.stride()), [1, 1, block])
+    _, heads, count = rows.shape
+    return _describe(rows, [CLIP // 4 + 1, count // 16 + 1, heads, CLIP], [2**34 - 4, 16, count, 1], [1, 1, 1, block])
 
 
 def _own_tma(config: TileConfig, group: int, *tensors: torch.Tensor) -> bool:
@@ -132,13 +147,12 @@ def forward(
         programs = tiles * (q.shape[-2] // rows_per_token) * (1 if sequences.varlen else sequences.batch)
         tma = c.TMA and describable(k, v)
         own_tma = tma and _own_tma(c, group, q)
-        tail = tma and (sequences.varlen or c.TAIL_N > 0)
         return _launch(fwd_kernel, programs, q.device, c, [
-            _descriptor(q, c.BLOCK_M, rows_per_token) if own_tma else q,
+            _own_descriptor(q, c.BLOCK_M, rows_per_token) if own_tma else q,
             *((_descriptor(k, c.BLOCK_N), _descriptor(v, c.BLOCK_N)) if tma else (k, v)),
-            *((k, v) if tail else (None, None)), sinks, o, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k,
-            *strides, sequences.batch, sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles, window or 0,
-            scale * LOG2E,
+            *((k, v) if tma and c.TAIL_N else (None, None)), sinks, o, lse, sequences.cu_seqlens_q,
+            sequences.cu_seqlens_k, *strides, sequences.batch, sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles,
+            window or 0, scale * LOG2E,
         ], constants | {
             "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "VARLEN": sequences.varlen,
             "WINDOW": _window_mode(window, tokens, c.BLOCK_N), "PACK_GQA": c.PACK_GQA, "SPLIT_LOOPS": c.SPLIT_LOOPS,
@@ -189,14 +203,12 @@ def backward_dq(
         programs = tiles * (q.shape[-2] // rows_per_token) * (1 if sequences.varlen else sequences.batch)
         tma = c.TMA and describable(k, v)
         own_tma = tma and _own_tma(c, group, q, do)
-        tail = tma and sequences.varlen
         return _launch(dq_kernel, programs, q.device, c, [
-            _descriptor(q, c.BLOCK_M, rows_per_token) if own_tma else q,
+            _own_descriptor(q, c.BLOCK_M, rows_per_token) if own_tma else q,
             *((_descriptor(k, c.BLOCK_N), _descriptor(v, c.BLOCK_N)) if tma else (k, v)),
-            *((k, v) if tail else (None, None)), sinks, o,
-            _descriptor(do, c.BLOCK_M, rows_per_token) if own_tma else do, lse, dlse, dq, rows[0], rows[1], partials,
-            sequences.cu_seqlens_q, sequences.cu_seqlens_k, *strides, rows.shape[-1] // 16, sequences.batch,
-            sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles, window or 0, scale, scale * LOG2E,
+            sinks, o, _own_descriptor(do, c.BLOCK_M, rows_per_token) if own_tma else do, lse, dlse, dq, rows[0],
+            rows[1], partials, sequences.cu_seqlens_q, sequences.cu_seqlens_k, *strides, rows.shape[-1] // 16,
+            sequences.batch, sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles, window or 0, scale, scale * LOG2E,
         ], constants | {
             "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "VARLEN": sequences.varlen,
             "WINDOW": _window_mode(window, tokens, c.BLOCK_N), "PACK_GQA": c.PACK_GQA, "SPLIT_LOOPS": c.SPLIT_LOOPS,
@@ -221,11 +233,10 @@ def backward_dkdv(
         tiles = sequences.tiles(sequences.seqlen_k, 1, c.BLOCK_N)
         programs = tiles * heads_kv * (1 if sequences.varlen else sequences.batch)
         tma = c.TMA and describable(q, do)
-        tail = tma and sequences.varlen
         return _launch(dkdv_kernel, programs, q.device, c, [
             _descriptor(q, c.BLOCK_M) if tma else q, k, v, _descriptor(do, c.BLOCK_M) if tma else do,
-            *((_row_descriptor(x, c.BLOCK_M) for x in (rows[0], rows[1])) if tma else (rows[0], rows[1])),
-            *((q, do, rows[0], rows[1]) if tail else (None,) * 4), dk, dv, partials, dsinks,
+            *((_row_descriptor(x, c.BLOCK_M, sequences.varlen) for x in (rows[0], rows[1])) if tma
+              else (rows[0], rows[1])), dk, dv, partials, dsinks,
             sequences.cu_seqlens_q, sequences.cu_seqlens_k, *strides, rows.shape[-1] // 16, sequences.batch,
             sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles, 0 if partials is None else partials.shape[0],
             window or 0, scale, scale * LOG2E,
