@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -420,4 +421,7 @@ def test_on_a_gpu_two_percent_are_told_apart_and_the_winner_has_its_energy() -> 
     assert timing.standing.ratios[0].ratio == pytest.approx(1.02, abs=0.01)
     assert timing.energy[0] is None and len(timing.wall_samples_ms[0]) >= MIN_PAIRS
     if (spent := timing.energy[1]) is not None:  # some cards have no counter
-        assert spent.energy_j > 0 and 10 < spent.power_w < 2000 and spent.call_ms == pytest.approx(0.2, rel=0.2)
+        assert spent.energy_j > 0 and 10 < spent.power_w < 2000
+        # the loop's calls wait for those of the other test processes, if there are any
+        alone = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1"
+        assert spent.call_ms == pytest.approx(0.2, rel=0.2) or (not alone and spent.call_ms > 0.2)
