@@ -71,6 +71,7 @@ def strides_of(*tensors: torch.Tensor) -> tuple[list[int], int]:
 
 
 def describable(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can address the tensors: 16-byte aligned, and no dimension of size or stride 0."""
+    """Whether the copy engine can address the tensors: 16-byte aligned, no dimension of size or stride 0, and of a
+    packed batch fewer tokens than :func:`clipping` has room for."""
     return all(x.numel() and not x.data_ptr() % 16 and not any(stride % 8 or not stride for stride in x.stride()[:-1])
-               for x in tensors)
+               and (x.dim() > 3 or x.shape[0] < CLIP) for x in tensors)

@@ -73,6 +73,6 @@ def tensors_problem(**tensors: torch.Tensor) -> str | None:
     for name, x in tensors.items():
         if x.stride(-1) != 1 or not describable(x):
             return (f"the copy engine cannot read {name}: its start and strides must be multiples of 16 bytes, its "
-                    f"last dimension contiguous and none empty, got shape {tuple(x.shape)} with strides "
-                    f"{tuple(x.stride())}")
+                    f"last dimension contiguous and none empty, a packed batch below 2**30 tokens, got shape "
+                    f"{tuple(x.shape)} with strides {tuple(x.stride())}")
     return None
