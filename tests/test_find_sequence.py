@@ -35,17 +35,17 @@ def _found(cu_seqlens: torch.Tensor, slots: list[int], total: int, rows_per_toke
 
 
 @pytest.mark.parametrize("rows_per_token", [1, 3])
-@pytest.mark.parametrize("batch", [1, 2, 31, 33, 128, 129, 300, 513, 770])
+@pytest.mark.parametrize("batch", [1, 2, 33, 128, 770])
 def test_every_tile_has_one_slot_and_is_found_there(batch: int, rows_per_token: int) -> None:
     draw = random.Random(batch)
     lengths = [draw.choice([0, 0, 1, 5, 16, 17, 40]) for _ in range(batch)]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     total = sum(lengths)
     slots = list(range(Sequences(batch, total, total, cu_seqlens).tiles(total, rows_per_token, BLOCK)))
-    sampled = DEVICE != "cuda" and len(slots) > 200
+    sampled = DEVICE != "cuda" and len(slots) > 100
     if sampled:
         # the interpreter runs one program after the other
-        slots = sorted({*slots[:8], *slots[-8:], *draw.sample(slots, 180)})
+        slots = sorted({*slots[:8], *slots[-8:], *draw.sample(slots, 40)})
     tiles = set()
     for slot, (b, start, length, tile) in zip(slots, _found(cu_seqlens, slots, total, rows_per_token), strict=True):
         assert 0 <= b < batch and (start, length) == (cu_seqlens[b], lengths[b]), slot
