@@ -72,7 +72,7 @@ def _place(ok, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, b
 
 @gluon.jit
 def _round_with_tile(round, work, GROUP: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr):
-    """The first round from ``round`` on in which a packed batch's program has a tile; where there is none, the last."""
+    """The first round from ``round`` on in which a packed batch's program has a tile, or the one after the last."""
     rounds = gl.cdiv(work[4], gl.num_programs(0))
     round = gl.to_tensor(round)
     found = _tile(round, work, GROUP, VARLEN, WINDOW)[0]
