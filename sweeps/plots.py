@@ -110,6 +110,12 @@ def _family_title(result: CaseResult) -> str:
     return f"{c.pass_}, {mask_label(c)}{extra}{queries}"
 
 
+def _case_title(result: CaseResult) -> str:
+    """The family's title, which already names a varlen batch, and the length."""
+    name, length = result.case.varlen, length_label(result.case)
+    return _family_title(result) + (length.removeprefix(name) if name else f", {length}")
+
+
 def _curves(families: Sequence[Sequence[CaseResult]]) -> Figure:
     width = max(6.4, 3.1 * len(families) + 0.6)
     figure, axes = figure_of(2, len(families), width, 6.4, sharex="col")
@@ -178,7 +184,7 @@ def _latency_bars(families: Sequence[Sequence[CaseResult]]) -> Figure:
         for tick, m in zip(ax.get_yticklabels(), ordered, strict=True):
             tick.set_fontweight("bold" if not is_peer(m.impl) else "normal")
         high = max(m.latency_ms for m in ordered)
-        ax.set_title(f"{_family_title(r)}, {length_label(r.case)}")
+        ax.set_title(_case_title(r))
         ax.set(xscale="log", xlim=(low, high * (high / low) ** 0.75), xlabel="device time, ms",
                ylim=(len(ordered) - impls - 0.6, len(ordered) - 0.4))
         ax.grid(visible=False, axis="y")
@@ -206,9 +212,7 @@ def speedup_figures(selection: Selection) -> dict[str, Figure]:
     for group in grouped(whole, lambda r: family_key(r)[:6]):
         if len(group) > len(grouped(group, family_key)):
             for part, chunk in enumerate(chunks(group, 40)):
-                # the family's title already names a varlen batch
-                names = [f"{DTYPE_SHORT[r.case.dtype]}, {_family_title(r)}, "
-                         f"{length_label(r.case).removeprefix(f'{r.case.varlen} ')}" for r in chunk]
+                names = [f"{DTYPE_SHORT[r.case.dtype]}, {_case_title(r)}" for r in chunk]
                 figure = _speedup_bars([(name, [r]) for name, r in zip(names, chunk, strict=True)], mean=False)
                 figure.suptitle(f"{model_label(group[0])}: speedup")
                 figures[f"speedup-{slug(model_label(group[0]))}" + (f"-{part + 1}" if part else "")] = figure

@@ -376,3 +376,9 @@ def test_reporting_needs_no_gpu_library(module):
     names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     assert not {name.split(".")[0] for name in names} & {"torch", "triton", "flash_sink_attn", "pynvml"}
+
+
+def test_bars_of_a_varlen_batch_name_it_once():
+    batch = case("gpt-oss", "fwd", 64, 128, batch=2, varlen="even", seqlens=(64, 64))
+    (figure,) = curve_figures(select([row(batch, config=tile(64, 64), ms=1.0)])).values()
+    assert [ax.get_title() for ax in figure.axes] == ["fwd, window 128, even (varlen, 2 up to 64)"]
