@@ -5,19 +5,21 @@ clocks and heat, is the same for all of a block and drops out of their ratios (:
 next one of several placements of the inputs (:mod:`sweeps.placements`), so that who wins does not win by where this
 process happens to have its memory. The contest is looked at after 8, 12, 18, ... blocks; who is slower by then drops
 out, and it ends when one is left, or when those that are left are as good as each other, known precisely enough, or out
-of time. A winner whose own time is not yet known as well as a first pass asks for is then sampled alone.
+of time. A winner whose own time is not yet known as well as a first pass asks for is then sampled alone. What is
+decided stands, whatever fails of what comes after it: that, wall time, or energy.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import random
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from flash_sink_attn.nearest import distance
 from sweeps.cases import PASSES, Case, family
@@ -63,6 +65,7 @@ _DUEL_PRECISION = 0.005
 # more than this are dear, so that none should be asked for on their account.
 PLACED_UP_TO_MS = 1.0
 
+T = TypeVar("T")
 # Given how many placements are wanted in all: the same calls on others than the first, and why not on as many as that
 # ("" = it is as many).
 Elsewhere = Callable[[int], tuple[Sequence[Sequence[Call]], str]]
@@ -254,6 +257,7 @@ class FinalTiming:
         block_placements: of each block, the number of the placement that it was taken on.
         placements_note: why there are not as many placements as were asked for, "" = there are.
         tainted: the process should be replaced, because a failed graph capture may have left traces.
+        incomplete: what could not be taken once the contest was decided, and why; part of ``note``. "" = nothing.
     """
 
     samples_ms: tuple[tuple[float, ...], ...]
@@ -273,6 +277,7 @@ class FinalTiming:
     block_placements: tuple[int, ...] = ()
     placements_note: str = ""
     tainted: bool = False
+    incomplete: str = ""
 
     def row_fields(self) -> dict[str, Any]:
         """The record's fields, JSON-able. ``entrants`` has one dict per call, in their order; ``block_placements`` is
@@ -324,18 +329,35 @@ def time_finalists(timer: BlockTimer, calls: Sequence[Call], sampling: FinalSamp
     if elsewhere is not None and sampling.placements > 1 and len(calls) > 1:
         contest.spread(elsewhere)
     reason = contest.run()
+    problems: list[str] = []
+    if reason == "winner":
+        _unless_it_fails("more samples of the winner", contest.settle, None, problems)
     ended = standing(contest.samples, sampling.tie_margin, contest.block_placements)
+    no_walls: tuple[tuple[tuple[float, ...], ...], str] = ((),) * len(calls), ""
+    walls, source = _unless_it_fails("wall time", lambda: _wall_blocks(calls, sampling, seed), no_walls, problems)
+    energy: list[Energy | None] = [None] * len(calls)
+    for n, call in enumerate(calls):
+        if sampling.energy_ms > 0 and n in ended.tied and ended.ratios[n].ratio <= 1 + sampling.tie_margin:
+            energy[n] = _unless_it_fails("energy", functools.partial(timer.energy, call, sampling.energy_ms), None,
+                                         problems)
     mode, note = ("host_bound", HOST_BOUND_NOTE) if contest.host_bound else ("spin", "")
     if isinstance(timer, CpuTimer):
         mode, note = "cpu", INTERPRETER_NOTE
-    walls, source = _wall_blocks(calls, sampling, seed)
-    energy = tuple(timer.energy(call, sampling.energy_ms)
-                   if sampling.energy_ms > 0 and n in ended.tied and ended.ratios[n].ratio <= 1 + sampling.tie_margin
-                   else None for n, call in enumerate(calls))
-    return FinalTiming(tuple(map(tuple, contest.samples)), ended, reason, mode, note, contest.host_ms, walls, source,
-                       energy, contest.late, contest.retaken, tuple(contest.readings), seed,
-                       sampling.tie_margin, tuple(contest.block_placements), contest.placements_note,
-                       timer.capture_failed)
+    incomplete = "; ".join(problems)
+    return FinalTiming(tuple(map(tuple, contest.samples)), ended, reason, mode,
+                       "; ".join(filter(None, (note, incomplete))), contest.host_ms, walls, source, tuple(energy),
+                       contest.late, contest.retaken, tuple(contest.readings), seed, sampling.tie_margin,
+                       tuple(contest.block_placements), contest.placements_note, timer.capture_failed, incomplete)
+
+
+def _unless_it_fails(what: str, take: Callable[[], T], otherwise: T, problems: list[str]) -> T:
+    """What ``take`` returns; where it fails, as for memory that others have taken by now, ``otherwise``, and a line in
+    ``problems``."""
+    try:
+        return take()
+    except Exception as error:
+        problems.append(f"no {what}: {message(error)}")
+        return otherwise
 
 
 class _Contest:
@@ -354,6 +376,7 @@ class _Contest:
         self.readings: list[Reading] = []
         self.late = self.retaken = self._retakes = 0
         self.host_bound = False
+        self._begin = 0.0
 
     @property
     def _blocks(self) -> int:
@@ -371,10 +394,10 @@ class _Contest:
     def run(self) -> str:
         """Takes blocks until one of the reasons to stop holds; returns it."""
         look = min(max(MIN_PAIRS, len(self._places)), self._sampling.max_blocks)
-        begin = time.perf_counter()
+        self._begin = time.perf_counter()
         while True:
             self._chunk(look - self._blocks)
-            elapsed_ms = (time.perf_counter() - begin) * 1e3
+            elapsed_ms = self._elapsed_ms()
             out_of_time = self._blocks > 0 and elapsed_ms > self._sampling.max_ms * (
                 1 if self._blocks >= MIN_PAIRS else 4 if self._blocks >= 3 else 16)
             if self._blocks < look and not out_of_time:
@@ -382,8 +405,6 @@ class _Contest:
             if len(self.samples) == 1:
                 return "alone"
             if reason := self._look():
-                if reason == "winner":
-                    self._settle(begin)
                 return reason
             if out_of_time:
                 return "time"
@@ -391,7 +412,7 @@ class _Contest:
                 return "samples"
             look = min(self._sampling.max_blocks, int(look * _GROWTH))
 
-    def _settle(self, begin: float) -> None:
+    def settle(self) -> None:
         """More samples of the winner, within the limits of the contest. Eight may tell who is fastest and say little of
         how fast: 35 us were known to 10% so."""
         winner, = self._active
@@ -399,9 +420,12 @@ class _Contest:
             half_width = relative_half_width(self.samples[winner])
             if half_width is not None and half_width <= Sampling.precision:
                 return
-            if (time.perf_counter() - begin) * 1e3 > self._sampling.max_ms:
+            if self._elapsed_ms() > self._sampling.max_ms:
                 return
             self._chunk(min(MIN_PAIRS, self._sampling.max_blocks - self._blocks))
+
+    def _elapsed_ms(self) -> float:
+        return (time.perf_counter() - self._begin) * 1e3
 
     def _look(self) -> str:
         """Drops who is slower; returns why the contest is over, "" = it is not."""

@@ -231,6 +231,8 @@ class Worker:
             self._timer, [prepared.run for prepared in ready.values()], FinalSampling(**request["sampling"]),
             request["seed"], lambda wanted: self._elsewhere(case, [request["entrants"][n] for n in ready], inputs,
                                                             wanted, each))
+        if timing.incomplete and not self._healthy():
+            raise RuntimeError(f"the device's context broke: {timing.incomplete}")
         fields = timing.row_fields()
         for n, own in zip(ready, fields.pop("entrants"), strict=True):
             entrants[n] |= own

@@ -264,6 +264,35 @@ def test_energy_is_measured_for_those_that_may_be_chosen() -> None:
     assert time_finalists(Simulated(), calls(0.1), QUICK, 0).row_fields()["entrants"][0]["energy_j"] is None
 
 
+def test_what_is_decided_stands_whatever_fails_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Simulated):
+        def batch(self, calls: Sequence[Any], spin_ms: float) -> tuple[list[tuple[float, bool]], Reading | None]:
+            if len(set(map(id, calls))) == 1:
+                raise MemoryError("nothing left for one alone")
+            return super().batch(calls, spin_ms)
+
+        def energy(self, call: Any, duration_ms: float) -> Energy | None:
+            raise MemoryError("nothing left for a loop")
+
+    def clock(call: Any) -> float:
+        raise MemoryError("nothing left for a caller")
+
+    monkeypatch.setattr(finals, "wall_clock", lambda cuda: (clock, "a clock"))
+    sampling = dataclasses.replace(QUICK, wall_ms=1.0, energy_ms=100.0)
+    timing = time_finalists(Failing(noise=0.1), calls(0.1, 0.9), sampling, 0)
+    assert timing.stop_reason == "winner" and timing.standing.tied == (0,)
+    assert [len(own) for own in timing.samples_ms] == [MIN_PAIRS, MIN_PAIRS]
+    assert timing.wall_samples_ms == ((), ()) and timing.wall_source == "" and timing.energy == (None, None)
+    for what in ("no more samples of the winner: MemoryError: nothing left for one alone",
+                 "no wall time: MemoryError: nothing left for a caller",
+                 "no energy: MemoryError: nothing left for a loop"):
+        assert what in timing.incomplete
+    assert timing.row_fields()["note"] == timing.incomplete
+    assert time_finalists(Simulated(noise=0.1), calls(0.1, 0.9), QUICK, 0).incomplete == ""
+    with pytest.raises(MemoryError):  # before anything is decided
+        time_finalists(Failing(), calls(0.1), sampling, 0)
+
+
 def test_one_alone_is_timed_for_eight_blocks() -> None:
     timing = time_finalists(Simulated(), calls(0.1), QUICK, 0)
     assert timing.stop_reason == "alone" and len(timing.samples_ms[0]) == MIN_PAIRS

@@ -358,6 +358,26 @@ def test_on_a_gpu_a_final_of_ours_goes_round_placements() -> None:
     assert torch.cuda.memory_allocated() - before < 64 << 20  # the copies are gone
 
 
+@pytest.mark.parametrize("healthy", [True, False])
+def test_what_fails_after_the_contest_costs_the_final_only_where_it_broke_the_context(
+        monkeypatch: pytest.MonkeyPatch, healthy: bool) -> None:
+    timer, well = Timer(), [True]
+    monkeypatch.setattr(worker_module.Worker, "_healthy", lambda worker: well[0])
+
+    def energy(call: object, duration_ms: float) -> None:
+        well[0] = healthy
+        raise RuntimeError("no loop")
+
+    monkeypatch.setattr(timer, "energy", energy)
+    fields, _ = held(asked_for("ok", "ok", energy_ms=1.0), timer, monkeypatch)
+    if healthy:
+        assert [e["status"] for e in fields["entrants"]] == ["ok", "ok"] and fields["entrants"][0]["samples_ms"]
+        assert "no energy: RuntimeError: no loop" in fields["note"]
+    else:
+        assert fields["status"] == "runtime_error" and "context broke: no energy" in fields["message"]
+        assert [e["status"] for e in fields["entrants"]] == ["runtime_error", "runtime_error"]
+
+
 @pytest.fixture
 def placing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the runner's workers go round placements without a GPU."""
