@@ -3,7 +3,7 @@
 A card under its power cap takes 5 to 10% longer for the same kernel once it is warm. In the first pass our candidates
 come one after another and heat it, while a peer is timed after a pause in which it was prepared: on an H100
 Llama-70B's forward of 16384 tokens took 6.58 ms among ours, 5.94 ms alone, and FlashAttention-3's 5.87 to 6.07. So
-where who is faster could turn on it, both are timed again as finalists are (:mod:`sweeps.finals`): in randomised
+where who is faster could turn on it, both are timed again as finalists are (:mod:`sweeps.contest`): in randomised
 blocks, whose paired ratio has nothing of what drifts.
 """
 

@@ -31,8 +31,8 @@ import torch
 from sweeps.cases import Case
 from sweeps.child import Connection, connect
 from sweeps.columns import OUTPUTS
+from sweeps.contest import time_finalists
 from sweeps.failures import classify, message, shorten
-from sweeps.finals import time_finalists
 from sweeps.gate import Oracle, gate_inputs
 from sweeps.implementation import Implementation, Inputs, Prepared
 from sweeps.measure import Call, timer_for

@@ -12,8 +12,9 @@ import pytest
 from sweeps import runner
 from sweeps.board import board_markdown, boards
 from sweeps.duels import duels_round
-from sweeps.finals import Final, FinalSampling
+from sweeps.finals import Final
 from sweeps.plan import make_plan
+from sweeps.sampling import FinalSampling
 from sweeps.select import select, write_best_csv
 from sweeps.specfile import load_spec
 from sweeps.store import read_finals, read_rows

@@ -17,7 +17,9 @@ import torch
 
 from sweeps import worker as worker_module
 from sweeps import workers
-from sweeps.finals import PLACED_UP_TO_MS, Elsewhere, Final, FinalTiming, time_finalists
+from sweeps.contest import PLACED_UP_TO_MS, Elsewhere, time_finalists
+from sweeps.final_timing import FinalTiming
+from sweeps.finals import Final
 from sweeps.gate import gate_inputs
 from sweeps.measure import CpuTimer
 from sweeps.ours import TRITON
@@ -32,7 +34,7 @@ from sweeps.supervisor import Supervisor
 from tests.kernel_calls import DEVICE
 from tests.placing_worker import Timer
 from tests.synthetic import GPU, case, row, tile
-from tests.test_finals import QUICK, Simulated, calls
+from tests.test_contest import QUICK, Simulated, calls
 from tests.test_runner import CASE, make_spec, trials
 from tests.test_runner_finals import final, go
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from sweeps import repeat_runs
-from sweeps.finals import FinalSampling, final_sampling
+from sweeps.finals import final_sampling
 from sweeps.repeat import TRUTH, is_complete, judge, markdown, truth_round, truth_spec, write_repeat
 from sweeps.repeat_runs import RepeatError, begin, go_on, times_of
+from sweeps.sampling import FinalSampling
 from sweeps.select import Selection, select
 from sweeps.specfile import load_spec, parse_spec
 from tests import synthetic

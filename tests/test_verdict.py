@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from sweeps.contest import time_finalists
 from sweeps.cost import flops
-from sweeps.finals import FinalSampling, time_finalists
+from sweeps.sampling import FinalSampling
 from sweeps.select import CaseResult, select, select_run, write_best_csv
 from tests import synthetic
 from tests.synthetic import case, row, tile
-from tests.test_finals import Simulated, calls
+from tests.test_contest import Simulated, calls
 
 FWD = case("gpt-oss", "fwd", 4096, 128)
 A, B, C, D = tile(64, 32), tile(64, 64), tile(64, 128), tile(128, 64)
