@@ -8,17 +8,22 @@ see many queries take long, and a card that waits for them idles: a group's head
 shorter, but each leaves parts of dK and dV in float32 that are added up afterwards. Which form and how many programs
 are the fastest changes with every doubling of a length or of the heads, too often for a table.
 
-The constants are fitted to 684 times of 131 shapes with six groups on an H200 (2026-11-28, driver 580.159.04, Triton
-3.6.0): 512 to 8192 tokens, head dims 64, 96 and 128, without a window and with windows of 128 and 256. With 83 shapes
-measured afterwards (groups of 5 to 16, 512 to 16384 tokens, windows up to 480), which changed how rounds under a window
-are counted and no constant, the error is 3 to 4% in the median and 10% at the ninth decile; the fastest kind of a shape
-by these formulas takes 1.008 of the time of the fastest measured in the mean, more than 1.05 in 13 of 214 shapes, and
-1.18 at worst.
+The constants are fitted to 1,703 times of 293 shapes on an H200 (2026-11-28 and 29, driver 580.159.04, Triton 3.6.0:
+tests/data/h200-kinds.csv and the runs under results/h200): 128 to 16384 tokens, groups of 1 to 16, head dims 64, 96 and
+128, without a window and with windows of 96 to 4096. The error, in the median and at the ninth decile, is
+
+- where dQ is added up 1.3 and 5% at head dim 64, 1.9 and 8% at 128; 1.3 and 4%, 4 and 7% of it under a window, of which
+  there are only 43 times; in one order 5 and 11%;
+- where products are made again 3 and 10%, where the kernel slides 3 and 9%.
+
+The fastest kind of a shape by these formulas takes 1.007 of the time of the fastest measured in the mean, more than
+1.05 in 17 of 337 cases, and 1.18 at worst.
 """
 
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 from typing import NamedTuple
 
@@ -41,12 +46,16 @@ class _Adding(NamedTuple):
 
     Attributes:
         step: of a program, for 64 queries of a head and 128 keys.
+        window: by what factor a step takes longer under a window, where programs walk from head to head.
+        begin: steps that a program costs besides those it goes through.
         element: of statistics, zeros and the final conversion, for a million elements of q.
         part: of writing and adding up what programs that share a group leave, for a million elements of their dK.
         launches: of whatever the shape.
     """
 
     step: float
+    window: float
+    begin: float
     element: float
     part: float
     launches: float
@@ -74,16 +83,19 @@ class _Recomputing(NamedTuple):
 
 
 # By the width of a tile, see hopper_bwd_width.
-_ADDING = {64: _Adding(1.06, 6.8, 6.2, 7.6), 128: _Adding(1.89, 6.4, 7.1, 8.3)}
-_RECOMPUTING = {64: _Recomputing(0.81, 1.08, 0.38, 2.3, 4.4, 10.5, 3),
-                128: _Recomputing(1.305, 1.44, 0.52, 1.6, 5.2, 13.3, 2)}
+_ADDING = {64: _Adding(1.12, 1.03, 2, 4.45, 4.6, 7.3), 128: _Adding(1.96, 1.1, 3, 4.55, 5.6, 5.4)}
+_RECOMPUTING = {64: _Recomputing(0.795, 1.08, 0.34, 2.25, 4.4, 9.1, 3),
+                128: _Recomputing(1.3, 1.475, 0.46, 1.67, 5.4, 8.9, 2)}
 _EVEN_ROUNDS = 3  # with more of them programs no longer end together
 # One kernel whose programs slide over tiles of 64 tokens, for each head of a group; from 1024 to 16384 tokens, 64/8
 # heads, a window of 128.
 _SLIDE_STEP, _SLIDE_LAUNCHES = 2.4, 20.0
-# Adding in one order takes the sum of the two times as long with up to 2048 tokens; the second shrinks with more.
-_ORDER = {64: (1.05, 0.08), 128: (1.06, 0.17)}
-_SECTION_FILLS = 0.9  # of the multiprocessors, see _rounds
+# Adding in one order takes the sum of the first two times as long with up to 2048 tokens; the second shrinks with more.
+# Under a window of 4096 it takes the sum of the first and the third times as long, under shorter ones less.
+_ORDER = {64: (1.05, 0.08, 0.25), 128: (1.06, 0.17, 0.14)}
+# Rounds of programs that are gone through one by one. With more of them the card is full until a share of the longest
+# program's time before the end, in the mean.
+_ROUNDS_WALKED, _LAST_WAIT = 12, 0.37
 # What a tile of a forward costs besides the keys it multiplies, in keys; anything from 100 to 200 does.
 _TILE_KEYS = 128
 _FEW_TILES = 12 * PROGRAMS_AT_ONCE  # with more of them the rounds come out even
@@ -113,11 +125,9 @@ def rows_time(key: ShapeKey, block_m: int, block_n: int) -> float:
     return float(max(programs))
 
 
+@functools.lru_cache(4096)
 def microseconds(key: ShapeKey, kind: Kind, ordered: bool = False) -> float:
-    """Time of a backward with head dims up to 128. ``ordered``: dQ is added up in one order.
-
-    Adding dQ up is estimated as if there were no window.
-    """
+    """Time of a backward with head dims up to 128. ``ordered``: dQ is added up in one order."""
     if kind.form == HopperBwdForm.SLIDE:
         return _sliding(key)
     if kind.form == HopperBwdForm.RECOMPUTE:
@@ -140,45 +150,63 @@ def _millions(key: ShapeKey, heads: int) -> float:
 
 def _adding(key: ShapeKey, shares: int, ordered: bool) -> float:
     width = hopper_bwd_width(key.head_dim)
-    cost, heads = _ADDING[width], -(-group_of(key) // shares)
-    longest = -(-key.seqlen_q // 64) * heads * cost.step
+    cost = _ADDING[width]
+    step = cost.step * (1.0 if key.window is None else cost.window)
     parts = cost.part * _millions(key, key.heads_kv) * shares if shares > 1 else 0.0
-    time = cost.launches + _rounds(key, shares) * longest + cost.element * _millions(key, key.heads_q) + parts
-    least, more = _ORDER[width]
-    return time * (least + more * min(1.0, 2048 / max(1, key.seqlen_k))) if ordered else time
+    time = cost.launches + step * _steps(key, shares, cost.begin) + cost.element * _millions(key, key.heads_q) + parts
+    if not ordered:
+        return time
+    least, short, window = _ORDER[width]
+    return time * (least + (short * min(1.0, 2048 / max(1, key.seqlen_k)) if key.window is None
+                            else window * min(key.window, key.seqlen_k) / 4096))
 
 
-def _rounds(key: ShapeKey, shares: int) -> float:
-    """How often the time of the longest program the form that adds up takes.
+def _steps(key: ShapeKey, shares: int, begin: float) -> float:
+    """Steps until the last program of the form that adds up has ended, if one at a time runs on each multiprocessor.
 
-    A section is as many heads, or shares of them, as run at once. Programs of one section start together and end one by
-    one, those of the next take over one by one and end together: two sections take as long as the longest program, and
-    so does a last one alone. Sections that leave much of the card idle do not keep to that.
+    As backward_walk.key_tile numbers them: by sections of as many heads, or shares of them, as run at once, in a
+    section the first keys first, which under a causal mask most queries see.
     """
-    tiles = max(1, -(-key.seqlen_k // 128))
+    tiles, group, units = max(1, -(-key.seqlen_k // 128)), group_of(key), _units(key) * shares
+    heads, offset = -(-group // shares), key.seqlen_k - key.seqlen_q
+    seen = []  # at each tile of keys: tiles of a head's queries that see some of it
+    for first in range(0, tiles * 128, 128):
+        stop = key.seqlen_q
+        if key.window is not None:
+            stop = min(stop, max(0, first + 127 + key.window - offset))
+        seen.append(max(0, -(-stop // 64) - max(0, first - offset) // 64))
+    if tiles * units > _ROUNDS_WALKED * PROGRAMS_AT_ONCE:
+        total = _units(key) * (group * sum(seen) + shares * tiles * begin)
+        return total / PROGRAMS_AT_ONCE + _LAST_WAIT * (max(seen) * heads + begin)
+    of_share = [min(heads, group - share * heads) for share in range(shares)]
     section = max(1, PROGRAMS_AT_ONCE // tiles)
-    if section * tiles > _SECTION_FILLS * PROGRAMS_AT_ONCE:
-        return float((-(-_units(key) * shares // section) + 1) // 2)
-    return max(1.0, _units(key) * shares * tiles / PROGRAMS_AT_ONCE / 2 + 0.3)
+    ends = [0.0] * PROGRAMS_AT_ONCE  # a heap: the multiprocessor that is free first takes the next program
+    for low in range(0, units, section):
+        members = [of_share[unit % shares] for unit in range(low, min(units, low + section))]
+        for queries in seen:
+            for member in members:
+                heapq.heapreplace(ends, ends[0] + queries * member + begin)
+    return max(ends)
 
 
 def _recomputing(key: ShapeKey, shares: int) -> float:
     """Either the card is full all the time, or it waits for the longest programs: those of a causal mask that start
-    first, or under a window, where all are as long, the last round of them."""
+    first, or under a window, where most are as long, the last round of them."""
     cost, heads = _RECOMPUTING[hopper_bwd_width(key.head_dim)], -(-group_of(key) // shares)
     tiles = max(1, -(-key.seqlen_q // 64))
     seen = tiles if key.window is None else min(tiles, -(-(key.window + 63) // 64))  # blocks of the longest
-    blocks = seen * (seen + 1) / 2 + (tiles - seen) * seen
-    full = key.batch * key.heads_q * (blocks + cost.begin * tiles) / PROGRAMS_AT_ONCE * cost.block
+    blocks = seen * (seen + 1) / 2 + (tiles - seen) * seen + cost.begin * tiles  # of a head
+    full = key.batch * key.heads_q * blocks / PROGRAMS_AT_ONCE * cost.block
     programs = tiles * _units(key) * shares / PROGRAMS_AT_ONCE
+    longest = seen + cost.begin
     if seen < tiles:
-        rounds = programs / cost.at_once
+        rounds = blocks / longest * _units(key) * shares / (PROGRAMS_AT_ONCE * cost.at_once)
         crowd, rounds = float(programs > 1), rounds if rounds > _EVEN_ROUNDS else float(math.ceil(rounds))
     else:
         crowd, rounds = min(1.0, max(0.0, programs - 1)), 1.0
-    longest = (seen + cost.begin) * heads * cost.alone * (1 + cost.crowded * crowd) * rounds
+    wait = longest * heads * cost.alone * (1 + cost.crowded * crowd) * rounds
     parts = cost.part * _millions(key, key.heads_kv) * shares if shares > 1 else 0.0
-    return cost.launches + max(full, longest) + parts
+    return cost.launches + max(full, wait) + parts
 
 
 def _sliding(key: ShapeKey) -> float:

@@ -14,19 +14,8 @@ from flash_sink_attn.config import HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperB
 from flash_sink_attn.estimate import PROGRAMS_AT_ONCE, Kind, group_of, microseconds, rows_time
 from flash_sink_attn.tuned_table import Entry, ShapeKey
 
-# Adding dq up outside costs a launch more and a pass over it in float32, two more products per pair of tiles cost by
-# the window. At head dim 64 the latter takes 1.05 of the time with 512 keys (4096 tokens); at head dim 128 0.92 with
-# 1024 (64/8 heads, 4096 tokens), and with 28/4 heads at 8192 tokens 1.03 with 2048 and 1.05 with 4096, of a version
-# that took up to 5% longer. By whether the head dim is at most 64.
-RECOMPUTE_WINDOW = {True: 384, False: 1400}
-# Where dq has to be added up in order otherwise, and at head dim 64 the order costs less than the products.
-_ORDERED_RECOMPUTE_WINDOW = {True: 512, False: 4096}
-# Under a longer window than that the last keys are seen by few queries: see shares_in_window.
-_SHARED_WINDOW = 1400
 # An entry of another shape is used where its kind is at most so much slower by the estimate than the best one.
-_NEAR = 1.03
-# Or, where the estimate is at odds with what was measured there, by at most so much: as far as it is here.
-_AT_ODDS = 1.08
+_NEAR = 1.01
 _MOST_SHARES = 16
 # Forward tiles at head dims up to 64 between which the estimate decides, and from what on: what it cannot tell apart,
 # measurements of a near shape do.
@@ -141,26 +130,15 @@ def few_tiles(key: ShapeKey) -> bool:
             and tiles <= 3 * PROGRAMS_AT_ONCE)
 
 
-def kinds(key: ShapeKey, deterministic: bool = False) -> tuple[Kind, ...]:
+def kinds(key: ShapeKey) -> tuple[Kind, ...]:
     """Forms of a backward, with how many programs may share a group, that are worth a thought for a shape; where there
     is no estimate, the first of them is the best."""
-    shares = _shares(group_of(key)) if key.head_dim <= 128 else (1,)
-    add, recompute = ([Kind(form, n) for n in shares] for form in (HopperBwdForm.ACCUMULATE, HopperBwdForm.RECOMPUTE))
     if key.head_dim > 128:
-        return tuple(add)
-    if not hides_keys(key):
-        return (*add, *recompute)
-    assert key.window is not None
-    if key.window <= (_ORDERED_RECOMPUTE_WINDOW if deterministic else RECOMPUTE_WINDOW)[small_dims(key)]:
-        if shares_in_window(key):  # 1.93 ms instead of 2.27 with 28/4 heads x 128 at 8192 tokens and a window of 4096
-            return tuple(kind for kind in recompute if kind.shares == 2) or tuple(recompute[:1])
-        again = recompute[:1] if key.varlen else recompute  # not measured with packed batches
-        return (*again, Kind(HopperBwdForm.SLIDE, 1)) if slides(key) else tuple(again)
-    if shares_in_window(key):
-        # four programs, or two where they do not share the group alike or dq is added in order
-        several = [kind for kind in add if kind.shares in (2, 4)]
-        return tuple(several if deterministic else reversed(several)) or (add[0],)
-    return (add[0],)
+        return (Kind(HopperBwdForm.ACCUMULATE, 1),)
+    # not measured with packed batches under a window
+    shares = (1,) if key.varlen and hides_keys(key) else _shares(group_of(key))
+    worth = [Kind(form, n) for form in (HopperBwdForm.ACCUMULATE, HopperBwdForm.RECOMPUTE) for n in shares]
+    return (*worth, Kind(HopperBwdForm.SLIDE, 1)) if slides(key) else tuple(worth)
 
 
 @functools.cache
@@ -172,34 +150,14 @@ def _shares(group: int) -> tuple[int, ...]:
 @functools.lru_cache(4096)
 def best_kind(key: ShapeKey, deterministic: bool = False) -> Kind:
     """The fastest of :func:`kinds` by the estimate."""
-    worth = kinds(key, deterministic)
-    if not _estimated(key, deterministic):
-        return worth[0]
-    return min(worth, key=lambda kind: microseconds(key, kind, deterministic))
-
-
-def _estimated(key: ShapeKey, deterministic: bool) -> bool:
-    """Whether there is an estimate for all kinds of a shape."""
-    return key.head_dim <= 128 and (not hides_keys(key) or kinds(key, deterministic)[0].form == HopperBwdForm.RECOMPUTE)
+    worth = kinds(key)
+    return worth[0] if len(worth) == 1 else min(worth, key=lambda kind: microseconds(key, kind, deterministic))
 
 
 def _behind(key: ShapeKey, kind: Kind, deterministic: bool) -> float:
     """The kind's estimate over that of the best one."""
     best = microseconds(key, best_kind(key, deterministic), deterministic)
     return microseconds(key, kind, deterministic) / best
-
-
-def shares_in_window(key: ShapeKey) -> bool:
-    """Whether a backward under a long window is faster with several programs for each group at the same keys.
-
-    The last keys are seen by few queries, and with few programs the card waits for the longest ones. At 8192 tokens
-    with a window of 4096, of one program, two, four, and one for each head: 28/4 heads x 128 2.218, 1.958, 1.866 and
-    1.862 ms, 64/8 x 64 2.201, 2.161, 2.153 and 2.243; with a window of 2048 28/4 x 128 1.233, 1.246, 1.220 and 1.240,
-    with 1024 0.728, 0.792, 0.791 and 0.830.
-    """
-    programs = key.batch * key.heads_kv * -(-key.seqlen_k // 128)
-    return (hides_keys(key) and group_of(key) > 1 and key.head_dim <= 128 and (key.window or 0) > _SHARED_WINDOW
-            and programs <= 4 * PROGRAMS_AT_ONCE)
 
 
 def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
@@ -235,17 +193,8 @@ def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
 def _lends_backward(config: HopperBwdConfig, measured: ShapeKey, key: ShapeKey, deterministic: bool) -> bool:
     if config.DETERMINISTIC and not deterministic:  # the best of its shape only where that is asked for
         return False
-    kind = Kind(HopperBwdForm(config.FORM), config.SPLIT_GROUP)
-    if not _estimated(key, deterministic):
-        # what shares no group was measured where that was not tried
-        return kind.form == HopperBwdForm.ACCUMULATE and (kind.shares > 1 or not shares_in_window(key))
-    if kind not in kinds(key, deterministic):
-        return False
-    behind = _behind(key, kind, deterministic)
-    if behind <= _NEAR or not _estimated(measured, deterministic) or kind not in kinds(measured, deterministic):
-        return behind <= _NEAR
-    there = _behind(measured, kind, deterministic)
-    return there <= _AT_ODDS and behind <= there * _NEAR
+    kind, worth = Kind(HopperBwdForm(config.FORM), config.SPLIT_GROUP), kinds(key)
+    return kind in worth and (len(worth) == 1 or _behind(key, kind, deterministic) <= _NEAR)
 
 
 def hides_keys(key: ShapeKey) -> bool:

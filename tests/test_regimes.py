@@ -36,6 +36,7 @@ ADD, SHARED = HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128, 3, SPLIT_GRO
 RECOMPUTE, SLIDE = HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(64, 192, 4, FORM=2)
 PACKED = HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=80)
 ADD_WIDE, FOUR = HopperBwdConfig(64, 128), HopperBwdConfig(64, 128, SPLIT_GROUP=4)
+TWO_AGAIN = HopperBwdConfig(64, 64, FORM=1, SPLIT_GROUP=2)
 LONG = tokens(WIDE, 8192, heads_q=28, heads_kv=4, window=4096)
 ALONE = HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False)
 PACKED_FIVE = HopperFwdConfig(64, 64, 5, Q_STAGES=2, HEADS=2, PACK_HEADS=4, maxnreg=128)
@@ -63,15 +64,16 @@ def entry(config: Any, measured: ShapeKey) -> Entry:
     (SLIDE, WINDOW, WINDOW._replace(window=129), True), (SLIDE, WINDOW, WINDOW._replace(window=130), False),
     (SLIDE, WINDOW, WINDOW._replace(seqlen_q=64), False), (RECOMPUTE, WINDOW._replace(window=200), WINDOW, False),
     (RECOMPUTE, WINDOW._replace(window=200), WINDOW._replace(window=384), True),
-    (RECOMPUTE, WINDOW._replace(window=384), WINDOW._replace(window=385), False),
+    # FORM 0 takes 826.6 us, FORM 1 909.1
+    (RECOMPUTE, WINDOW._replace(window=384), tokens(WINDOW, 8192, window=1024), False),
     (RECOMPUTE, WIDE._replace(window=512), WIDE._replace(window=1024), True),
     (RECOMPUTE, WIDE._replace(window=512), WIDE._replace(window=2048), False),
     # few programs of unequal length, measured before they could share a group; and more of them
     (ADD_WIDE, LONG._replace(seqlen_q=16384, seqlen_k=16384), LONG, False), (ADD_WIDE, LONG, LONG, False),
-    (FOUR, LONG, LONG._replace(window=3000), True), (ADD_WIDE, LONG, tokens(LONG, 32768), True),
+    (TWO_AGAIN, LONG, LONG._replace(window=3000), True), (ADD_WIDE, LONG, tokens(LONG, 32768), True),
     # a window that hides nothing is none
-    (dataclasses.replace(RECOMPUTE, SPLIT_GROUP=4), tokens(WIDE, 1024), tokens(WIDE, 1100, window=4096), True),
-    (dataclasses.replace(RECOMPUTE, SPLIT_GROUP=2), tokens(WIDE, 1024), tokens(WIDE, 1100, window=4096), False),
+    (dataclasses.replace(RECOMPUTE, SPLIT_GROUP=4), tokens(WIDE, 1100), tokens(WIDE, 1024, window=4096), True),
+    (TWO_AGAIN, tokens(WIDE, 1100), tokens(WIDE, 1024, window=4096), False),
     # four do not divide a group of five
     (FOUR, tokens(WIDE, 2048, heads_q=28, heads_kv=4), tokens(WIDE, 2048, heads_q=20, heads_kv=4), False),
     (PACKED, WINDOW, WINDOW._replace(window=129), True), (PACKED, WINDOW, WINDOW._replace(window=130), False),
@@ -145,7 +147,7 @@ def test_the_best_kind_exists_for_whatever_comes() -> None:
                 for d in (8, 64, 96, 128, 192, 256):
                     for deterministic in (False, True):
                         key = tokens(CAUSAL, n, heads_q=group, heads_kv=1, window=window, head_dim=d, head_dim_v=d)
-                        assert best_kind(key, deterministic) in kinds(key, deterministic)
+                        assert best_kind(key, deterministic) in kinds(key)
 
 
 @pytest.mark.parametrize(("heads", "d", "n", "window", "kind", "measured"), [
@@ -189,9 +191,10 @@ def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
      HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2)),
     ("hopper_fwd", tokens(WIDE, 384), HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2)),
     ("hopper_fwd", tokens(WIDE, 2048), HopperFwdConfig(128, 128, Q_STAGES=2, PROGRAMS_PER_SM=1)),
-    ("hopper_bwd", LONG, FOUR), ("hopper_bwd", LONG._replace(window=1024), RECOMPUTE),
-    ("hopper_bwd", tokens(LONG, 32768), ADD_WIDE), ("hopper_bwd", tokens(WIDE, 8192, window=4096), FOUR),
-    ("hopper_bwd", LONG._replace(heads_q=20), HopperBwdConfig(64, 128, SPLIT_GROUP=2)),  # four do not share five alike
+    # 1933 us; four that add up 1888, one of them 2207
+    ("hopper_bwd", LONG, TWO_AGAIN), ("hopper_bwd", LONG._replace(window=1024), RECOMPUTE),
+    ("hopper_bwd", tokens(CAUSAL, 8192, window=4096), SHARED), ("hopper_bwd", tokens(CAUSAL, 8192, window=1024), ADD),
+    ("hopper_bwd", tokens(LONG, 32768), ADD_WIDE),
     ("hopper_bwd", tokens(LONG, 2048), dataclasses.replace(RECOMPUTE, SPLIT_GROUP=4)),
     ("hopper_bwd", WINDOW, SLIDE), ("hopper_bwd", tokens(CAUSAL, 2048), SHARED), ("hopper_bwd", CAUSAL, ADD),
 ])
@@ -200,10 +203,9 @@ def test_the_heuristic_follows_them(kernel: Any, key: ShapeKey, wanted: Any) -> 
 
 
 def test_what_gives_the_same_bits_under_a_long_window() -> None:
-    assert heuristic("hopper_bwd", LONG, LIMITS, deterministic=True) == dataclasses.replace(RECOMPUTE, SPLIT_GROUP=2)
-    small = LONG._replace(head_dim=64, head_dim_v=64, heads_q=64, heads_kv=8)
-    ordered = HopperBwdConfig(64, 128, 3, SPLIT_GROUP=2, DETERMINISTIC=True)
-    assert heuristic("hopper_bwd", small, LIMITS, deterministic=True) == ordered
+    assert heuristic("hopper_bwd", LONG, LIMITS, deterministic=True) == TWO_AGAIN
+    # 2602 us, where adding in order takes 2821
+    assert heuristic("hopper_bwd", tokens(CAUSAL, 8192, window=4096), LIMITS, deterministic=True) == RECOMPUTE
 
 
 def table(*entries: tuple[Any, ShapeKey, Any, float]) -> TunedTable:
