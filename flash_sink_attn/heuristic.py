@@ -22,6 +22,7 @@ from flash_sink_attn.regimes import (
     idles,
     loads_itself,
     packs_alone,
+    portable_window,
     short_window,
     small_dims,
     tiles_of_192,
@@ -214,6 +215,6 @@ def heuristic(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool
 
 def prefers_hopper(pass_: Pass, key: ShapeKey, limits: Limits) -> bool:
     """Whether the Hopper kernels go before the portable ones where neither has been measured."""
-    if pass_ == "fwd" and few_tiles(key):
+    if pass_ == "fwd" and (few_tiles(key) or portable_window(key)):
         return False
     return limits.wgmma and (pass_, key.head_dim, key.head_dim_v, key.window is not None) in PREFER_HOPPER

@@ -2,15 +2,22 @@
 
 The distance of :mod:`flash_sink_attn.nearest` measures degrees. Where a configuration means something else for another
 shape (a form that the shape cannot slide in, heads that no longer fit the ring), or a shape needs something else (a
-group shared by several programs), an entry is not lent however near it is: :func:`lends`. The heuristic follows the
-same kinds.
+group shared by several programs), an entry is not lent however near it is: :func:`lends`. Where one implementation
+gives way to the other at once, the comparison is not: :func:`compares`. The heuristic follows the same kinds.
 """
 
 from __future__ import annotations
 
 import functools
 
-from flash_sink_attn.config import HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperBwdForm, HopperFwdConfig, TileConfig
+from flash_sink_attn.config import (
+    HOPPER_SLIDE_WINDOW,
+    HopperBwdConfig,
+    HopperBwdForm,
+    HopperFwdConfig,
+    Pass,
+    TileConfig,
+)
 from flash_sink_attn.estimate import PROGRAMS_AT_ONCE, Kind, group_of, microseconds, rows_time
 from flash_sink_attn.tuned_table import Entry, ShapeKey
 
@@ -30,6 +37,7 @@ _FEW_KEYS = 2304  # in a sequence, see loads_itself
 # 576 and 672 tiles that took 0.97, 0.95, 0.95 and 0.92 of the time, with 288 and 336 1.03 and 1.02, with 864 1.11.
 _MORE_AT_ONCE = (3 * PROGRAMS_AT_ONCE, 5.5 * PROGRAMS_AT_ONCE)
 _FEW_ROW_TILES = 3.5  # of 64 rows for each multiprocessor, see few_rows
+_PORTABLE_WINDOW = range(130, 256)  # see portable_window
 
 
 def small_dims(key: ShapeKey) -> bool:
@@ -128,6 +136,26 @@ def few_tiles(key: ShapeKey) -> bool:
     tiles = key.batch * key.heads_q * -(-key.seqlen_q // 192)
     return (small_dims(key) and not short_window(key) and not loads_itself(key) and key.seqlen_k <= _SHORT_SEQUENCE
             and tiles <= 3 * PROGRAMS_AT_ONCE)
+
+
+def portable_window(key: ShapeKey) -> bool:
+    """Whether the window is one under which the portable forward is the faster one at head dims up to 64.
+
+    Up to 129 the Hopper kernel has all keys of 64 tokens in three blocks; more of them leave less room for programs.
+    In ms on an H200, portable and the best Hopper: 64/8 heads with a window of 200 0.0580 and 0.0657 at 3800 tokens,
+    0.1318 and 0.1453 at 8700; a packed batch of 40/8 heads with 160 0.0721 and 0.0753. With a window of 256, at 8192
+    tokens, it is a tie (0.1299 and 0.1305), with 420 0.0936 and 0.0887, and with 128 Hopper is 30% faster. Groups of
+    less than four were not measured.
+    """
+    return small_dims(key) and key.window in _PORTABLE_WINDOW and group_of(key) >= 4
+
+
+def compares(pass_: Pass, measured: ShapeKey, key: ShapeKey) -> bool:
+    """Whether which implementation was the faster one at a shape says something about another shape.
+
+    The configurations are another matter: either implementation's may be lent where this is not so, see :func:`lends`.
+    """
+    return pass_ != "fwd" or portable_window(measured) == portable_window(key)
 
 
 def kinds(key: ShapeKey) -> tuple[Kind, ...]:

@@ -3,8 +3,8 @@
 1. What the caller says: ``impl``, or a ``config`` that is for one implementation only.
 2. What is measured: at the tuned shapes nearest to the call's, one of each, whichever was faster there, in the
    geometric mean; at the call's own shape alone where that is tuned. Where only one of the two was measured at the
-   nearest, that one. A shape where one of them was measured with what is not for the call's kind of shape
-   (:mod:`flash_sink_attn.regimes`) says nothing, and the next one is asked.
+   nearest, that one. A shape of another kind, or where one of them was measured with what is not for the call's kind
+   (:mod:`flash_sink_attn.regimes`), says nothing, and the next one is asked.
 3. The heuristic: :data:`flash_sink_attn.heuristic.PREFER_HOPPER`.
 
 Where the Hopper kernels are wanted by 2 or 3 and cannot run, the portable ones do, and one line in the log says why.
@@ -26,7 +26,7 @@ from flash_sink_attn.dispatch import Decision
 from flash_sink_attn.heuristic import prefers_hopper
 from flash_sink_attn.hopper import support
 from flash_sink_attn.options import Options
-from flash_sink_attn.regimes import lends
+from flash_sink_attn.regimes import compares, lends
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
 from flash_sink_attn.validity import Limits, limits_of, reject_reason
 
@@ -189,7 +189,8 @@ def wanted(
         if points and nearest.table is not table:
             break
         at = {impl: _entries_at(nearest, impl, pass_, deterministic) for impl in KERNELS_OF}
-        if nearest.entry.key != key and not all(lends(e, key, deterministic) for of in at.values() for e in of):
+        if nearest.entry.key != key and not (compares(pass_, nearest.entry.key, key) and all(
+                lends(e, key, deterministic) for of in at.values() for e in of)):
             continue
         if any(at[impl] and any(d.entry is None for d in decisions)
                for impl, decisions in zip(IMPLS, (portable, hopper), strict=True)):
@@ -211,7 +212,7 @@ def wanted(
         return faster, "the faster one " + " and ".join(dict.fromkeys(where for where, _, _ in points))
     prefers = prefers_hopper(pass_, key, limits)
     return "hopper" if prefers else "triton", (
-        "the heuristic: near this shape the two were compared only with configurations that are not for its kind")
+        "the heuristic: near this shape the two were compared only with what is not for its kind")
 
 
 def _farthest(decisions: tuple[Decision, ...]) -> Decision | None:

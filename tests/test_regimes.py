@@ -10,7 +10,7 @@ import pytest
 from flash_sink_attn import dispatch, selection
 from flash_sink_attn.config import HopperBwdConfig, HopperBwdForm, HopperFwdConfig, TileConfig
 from flash_sink_attn.estimate import Kind, microseconds
-from flash_sink_attn.heuristic import heuristic
+from flash_sink_attn.heuristic import heuristic, prefers_hopper
 from flash_sink_attn.regimes import (
     best_kind,
     few_tiles,
@@ -247,6 +247,31 @@ def test_an_implementation_measured_with_what_this_call_cannot_use_is_judged_by_
     assert found.impl == "hopper" and found.decisions[0].source == "heuristic" and "not for its kind" in found.reason
     # where nobody measured it, what was measured goes first
     assert selection.decide("fwd", key, LIMITS, table(("fwd", near, TileConfig(64, 32), 0.2))).impl == "triton"
+
+
+@pytest.mark.parametrize("measured", [128, 256])
+def test_a_comparison_is_not_lent_into_the_windows_of_the_portable_forward_or_out_of_them(measured: int) -> None:
+    tile, wide = TileConfig(64, 32), HopperFwdConfig(64, 64, 2, PROGRAMS_PER_SM=3, maxnreg=80)
+    outside, inside = tokens(WINDOW, 8192, window=measured), tokens(WINDOW, 8192, window=200)
+    for near, key, ms, impl in ((outside, inside, 0.1, "triton"), (inside, outside, 0.9, "hopper")):
+        own = table(("hopper_fwd", near, PACKED_FIVE, ms), ("fwd", near, tile, 0.5))
+        found = selection.decide("fwd", key, LIMITS, own)
+        assert found.impl == impl and "not for its kind" in found.reason
+        portable = found.decisions if impl == "triton" else found.others
+        assert (portable[0].source, portable[0].config) == ("nearest", tile)  # tiles are lent all the same
+    # on the same side, and at the shape itself, what was measured decides
+    own = table(("hopper_fwd", inside, wide, 0.1), ("fwd", inside, tile, 0.5))
+    assert all(selection.decide("fwd", tokens(inside, n), LIMITS, own).impl == "hopper" for n in (8192, 8000))
+
+
+def test_where_the_portable_forward_goes_first() -> None:
+    def portable(**other: Any) -> bool:
+        return not prefers_hopper("fwd", tokens(WINDOW, 8192, **{"window": 200, **other}), LIMITS)
+
+    assert [w for w in (None, 1, 129, 130, 200, 255, 256, 420) if portable(window=w)] == [130, 200, 255]
+    assert [n for n in (8, 16, 24, 32, 40, 128) if portable(heads_q=n)] == [32, 40, 128]
+    assert portable(varlen=True) and not portable(head_dim=128, head_dim_v=128)
+    assert prefers_hopper("bwd", tokens(WINDOW, 8192, window=200), LIMITS)
 
 
 def test_a_choice_of_the_same_bits_does_not_hide_faster_ones() -> None:
