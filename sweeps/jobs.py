@@ -34,6 +34,7 @@ class PendingTrial:
         must_compile: whether it has to wait for them.
         beside: its row's status, message and fields from beside other workers, when that was no verdict since they took
             memory or time from it; it runs again alone.
+        needs_room: whether others had the memory that it lacked; it runs again once they have ended.
     """
 
     trial: Trial
@@ -44,6 +45,7 @@ class PendingTrial:
     compiled: CompileResult | None = None
     must_compile: bool = False
     beside: tuple[str, str, dict[str, Any]] | None = None
+    needs_room: bool = False
 
     @property
     def id(self) -> str:

@@ -232,7 +232,7 @@ class _Runner:
             self._fill(lane)
         if self._alone and not self._waiting and not self._workers.jobs:
             lane, job = self._alone[0]
-            if not isinstance(job, PendingTrial) or job.beside is None or job.beside[0] == "oom":
+            if not isinstance(job, PendingTrial) or job.needs_room:
                 self._workers.leave_alone(lane)  # for times who is idle is no matter, and starting takes 10 s
             if lane.supervisor.idle and self._submit(lane, job):
                 self._alone.pop(0)
@@ -328,12 +328,16 @@ class _Runner:
         if status == "unavailable" or done.outcome.stage == "import":  # its other trials would end the same way
             self._unavailable[p.source] = text
         out_of_room = status == "oom" and self._workers.others_hold_memory(done.lane)
-        if p.beside is None and (out_of_room or status == "ok" and disturbed(fields)):
-            p.beside = status, text, fields
+        if out_of_room or p.beside is None and status == "ok" and disturbed(fields):
+            p.needs_room = out_of_room  # then the others end, so that it does not come here a second time
+            p.beside = p.beside or (status, text, fields)
             self._leave_for_later(done.lane, p)
             return None
         if p.beside is not None and p.beside[0] == "ok":
             again = f"taken again alone; beside others {p.beside[2]['latency_ms']:.4g} ms, too uncertain"
+            if status == "oom":  # it has run before: that there is no room now says nothing about it
+                again = f"beside others, too uncertain; taken again alone: {text}"
+                status, text, fields = p.beside
             fields["note"] = "; ".join(filter(None, (fields.get("note"), again)))
         return self._add_row(p, status, text, fields, sync=False)
 

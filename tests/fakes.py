@@ -125,6 +125,10 @@ class Fake:
                 (Path(self.options["meet"]) / "timing").touch()
             if what == "oom_beside" and is_running(int(self._beside("other").read_text())):
                 raise torch.OutOfMemoryError("CUDA out of memory: somebody else has it")
+            if what in ("oom_second", "oom_later"):  # the second time only; from then on
+                turn = Path(self.options["log"]).read_text().split().count(str(config["n"]))
+                if turn == 2 or what == "oom_later" and turn > 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
             if what == "oom":
                 torch.empty(1 << 50, device=inputs.q.device)
             if what == "runtime_error":

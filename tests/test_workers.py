@@ -97,6 +97,22 @@ def test_times_that_others_disturbed_are_taken_again_alone(tmp_path: Path, monke
     assert len(processes) == 2  # whoever is idle disturbs nobody and need not be started again
 
 
+def test_a_time_is_kept_where_there_is_no_room_to_take_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disturbed, then out of memory beside idle others, then with them ended: in the end one of the times is a row."""
+    log = tmp_path / "log"
+    spec = make_spec(fake={"log": str(log)}, fa3_a={"log": str(log), "other": True})
+    monkeypatch.setattr(runner, "disturbed", lambda fields: bool(fields.get("latency_ms")))
+    planned = [*trials(spec, "fa3_a", {"n": 0}), *trials(
+        spec, "fake", {"n": 1, "do": "oom_second"}, {"n": 2, "do": "oom_later"})]
+    rows = go(spec, tmp_path / "run", planned, peer_workers=1)
+    assert [rows[n]["status"] for n in range(3)] == ["ok", "ok", "ok"], rows
+    assert sorted(log.read_text().split()) == ["0", "0", "1", "1", "1", "2", "2", "2"]
+    assert "taken again alone; beside others" in rows[1]["note"]
+    assert "taken again alone: run: OutOfMemoryError" in rows[2]["note"] and rows[2]["latency_ms"] > 0
+
+
 def test_who_is_disturbed() -> None:
     """Samples that somebody compiled beside; the same beside nobody, or in time, are the kernel's own."""
     times = {"samples_ms": [1.0, 1.0, 3.5, 3.5, 3.4, 1.0], "latency_ms": 1.0, "overlapped": 0.1, "half_width": 1.25}
