@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The order of the flow. A new module must be given its place here. Names on one line do not import each other.
 SWEEPS = (
     ("cases", "columns", "devices", "presets", "failures", "child", "walltime", "environment", "energy", "paired",
-     "sampling"),
+     "sampling", "final_timing"),
     ("cost", "fields", "implementation", "sensors", "occupancy", "strategies", "carried_cache"),
     ("spec", "bound", "placements"),
     ("specfile", "expand"),
@@ -25,7 +25,7 @@ SWEEPS = (
     ("registry", "candidates"),
     ("plan",),
     ("gate", "measure", "compile_pool", "search"),
-    ("finals", "subjects"),
+    ("finals", "contest", "subjects"),
     ("agreement", "hosttime"),
     ("worker", "store", "supervisor"),
     ("rows", "predict", "workers", "jobs", "summary"),
