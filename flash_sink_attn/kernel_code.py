@@ -12,7 +12,7 @@ from flash_sink_attn.config import KERNELS_OF, Impl, Kernel
 
 # Where each implementation's kernels lie, and which modules there run on the host.
 _FOLDER: dict[Impl, str] = {"triton": "kernels", "hopper": "hopper"}
-_HOST_SIDE = ("launch.py", "launch_forward.py", "launch_backward.py", "support.py", "__init__.py")
+_HOST_SIDE = ("launch.py", "launch_forward.py", "launch_backward.py", "sections.py", "support.py", "__init__.py")
 # Under which name a run's facts have the hash.
 CODE_FIELD: dict[Impl, str] = {"triton": "kernel_code", "hopper": "hopper_kernel_code"}
 

@@ -39,7 +39,7 @@ class Case:
             down, so that the running maximum has to follow.
         layout: one of LAYOUTS: how q, k and v lie in memory; packed: sliced from one projection.
         poison: also with NaN and infinities in one sequence, or member of the batch, which may not reach the others.
-        section_bytes: in place of launch_forward._SECTION_BYTES, None = as it is.
+        section_heads: of a section, in place of what sections.key_heads says, None = as it is.
     """
 
     head_dim: int
@@ -58,7 +58,7 @@ class Case:
     values: str = "normal"
     layout: str = "contiguous"
     poison: bool = False
-    section_bytes: int | None = None
+    section_heads: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -172,21 +172,21 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sections_of(size: int | None) -> Iterator[None]:
-    """Sections of the grid that hold so many bytes; calls already recorded had others."""
+def _sections_of(heads: int | None) -> Iterator[None]:
+    """Sections of the grid that hold so many key heads; calls already recorded had others."""
     from flash_sink_attn import calls
-    from flash_sink_attn.hopper import launch_forward
+    from flash_sink_attn.hopper import sections
 
-    if size is None:
+    if heads is None:
         yield
         return
-    before = launch_forward._SECTION_BYTES
-    launch_forward._SECTION_BYTES = size
+    before = sections.key_heads
+    sections.key_heads = lambda *shape: min(heads, shape[0])  # type: ignore[assignment]
     calls._calls.clear()
     try:
         yield
     finally:
-        launch_forward._SECTION_BYTES = before
+        sections.key_heads = before
         calls._calls.clear()
 
 
@@ -195,7 +195,7 @@ def call(case: Case, x: AttentionInputs) -> dict[str, torch.Tensor]:
     from flash_sink_attn import flash_sink_attn_func, flash_sink_attn_varlen_func
 
     how: dict[str, Any] = {"return_lse": True, "impl": "hopper", "config": {"hopper_fwd": case.config}}
-    with torch.no_grad(), _poisoned_memory(), _sections_of(case.section_bytes):
+    with torch.no_grad(), _poisoned_memory(), _sections_of(case.section_heads):
         if x.cu_seqlens_q is None:
             o, lse = flash_sink_attn_func(x.q, x.k, x.v, x.sinks, case.window, **how)
         else:
@@ -433,4 +433,4 @@ def _draw(seed: int, kind: int, longest: int) -> Case:
     return Case(head_dim, config.to_dict(), head_dim_v, r.choice(("bfloat16", "float16")), heads_kv, group, window,
                 sinks=sinks, values=own.choice(("normal",) * 5 + VALUES[1:]),
                 layout=own.choice(("contiguous", "contiguous", *LAYOUTS[1:])), poison=own.random() < 0.3,
-                section_bytes=own.choice((None, None, None, 1, 200_000)), seed=seed, **shape)
+                section_heads=own.choice((None, None, None, 1, 2)), seed=seed, **shape)

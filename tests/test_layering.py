@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # The order of the flow. A new module must be given its place here. Names on one line do not import each other.
 SWEEPS = (
     ("cases", "columns", "devices", "presets", "failures", "child", "walltime", "environment", "energy", "paired",
-     "sampling", "final_timing"),
+     "sampling"),
     ("cost", "fields", "implementation", "sensors", "occupancy", "strategies", "carried_cache"),
-    ("spec", "bound", "placements"),
+    ("spec", "bound", "placements", "final_timing"),
     ("specfile", "expand"),
     ("baselines.common",),
     ("baselines.*", "ours"),
@@ -61,7 +61,7 @@ PACKAGE = (
     ("estimate",),
     ("regimes",),
     ("launcher", "nearest", "machine_code", "sass_loops", "heuristic", "hopper.support", "hopper.backward_common",
-     "hopper.descriptors"),
+     "hopper.descriptors", "hopper.sections"),
     ("hopper.backward_walk",),
     ("testing", "dispatch", "kernels.*", "hopper.*"),
     ("kernels.launch", "hopper.launch_forward", "hopper.launch_backward", "selection"),

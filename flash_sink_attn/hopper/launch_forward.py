@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HopperFwdConfig
+from flash_sink_attn.hopper import sections
 from flash_sink_attn.hopper.alone import hopper_alone_kernel
 from flash_sink_attn.hopper.descriptors import describe, padded
 from flash_sink_attn.hopper.forward import hopper_fwd_kernel
@@ -15,9 +16,6 @@ from flash_sink_attn.hopper.window import hopper_window_kernel
 from flash_sink_attn.launcher import launch
 from flash_sink_attn.layout import LOG2E, Sequences
 from flash_sink_attn.validity import split_head_dim
-
-# K and V of the heads whose tiles go together are to stay in the 50 MB of L2, of which other tensors take a part.
-_SECTION_BYTES = 32 << 20
 
 
 def forward(
@@ -35,16 +33,18 @@ def forward(
     chunks = -(-group // (heads * c.warpgroups)) if c.HEADS else group
     tiles = sequences.tiles(sequences.seqlen_q, 1, tokens)
     units = heads_kv * chunks * (1 if sequences.varlen else sequences.batch)
-    section = max(1, _SECTION_BYTES // (sequences.seqlen_k * (q.shape[-1] + v.shape[-1]) * k.element_size())) * chunks
-    programs = tiles * units
-    if c.PROGRAMS_PER_SM:
-        programs = min(programs, c.PROGRAMS_PER_SM * _multiprocessors(q.device))
+    at_once = max(1, c.PROGRAMS_PER_SM) * _multiprocessors(q.device)
+    programs = min(tiles * units, at_once) if c.PROGRAMS_PER_SM else tiles * units
+    # (a packed batch has no sections; a grid that is not persistent takes tiles much as one that is)
+    section = units if sequences.varlen else chunks * sections.key_heads(
+        units // chunks, chunks, sequences.seqlen_k * (q.shape[-1] + v.shape[-1]) * k.element_size(),
+        sequences.seqlen_q, sequences.seqlen_k, window or 0, tokens, c.BLOCK_N, at_once)
     q_desc, k_desc = describe(q, 64, first), describe(k, c.BLOCK_N, first)
     if not c.LOADER:
         return launch(hopper_alone_kernel, programs, q.device, [
             q_desc, k_desc, describe(v, 64, width_v), describe(o, 64, width_v), sinks, lse, sequences.cu_seqlens_q,
             sequences.cu_seqlens_k, sequences.batch, sequences.seqlen_q, sequences.seqlen_k, heads_kv, tiles * units,
-            tiles, min(section, units), window or 0, scale * LOG2E,
+            tiles, section, window or 0, scale * LOG2E,
         ], {
             "GROUP": group, "D": first, "VARLEN": sequences.varlen,
             "WINDOW": _window_mode(window, 64), "SPLIT_LOOPS": c.SPLIT_LOOPS,
@@ -53,7 +53,7 @@ def forward(
         q_desc, describe(q, 64, second) if second else q_desc, k_desc,
         describe(k, c.BLOCK_N, second) if second else k_desc, describe(v, c.BLOCK_N, width_v), describe(o, 64, width_v),
         sinks, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.batch, sequences.seqlen_q,
-        sequences.seqlen_k, heads_kv, tiles * units, tiles, min(section, units), window or 0, scale * LOG2E,
+        sequences.seqlen_k, heads_kv, tiles * units, tiles, section, window or 0, scale * LOG2E,
     ], {
         "GROUP": group, "D": first, "D2": second, "DV": width_v, "WARPGROUPS": c.warpgroups,
         "HEADS": heads, "BLOCK_N": c.BLOCK_N, "STAGES": c.num_stages, "Q_STAGES": c.Q_STAGES,
