@@ -14,6 +14,7 @@ from flash_sink_attn.config import (
     TileConfig,
     reproducible,
 )
+from flash_sink_attn.estimate import group_of
 from flash_sink_attn.regimes import (
     best_kind,
     few_rows,
@@ -173,7 +174,8 @@ def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
             _HOPPER_FWD_WINDOW_LARGE_DIM if key.head_dim > 128 else _HOPPER_FWD_WINDOW)
         if packs_alone(key):  # one head instead of two makes twice as many programs
             special = tuple(dataclasses.replace(c, HEADS=min(c.HEADS, 1)) if c.PACK_HEADS else c for c in special)
-        special = tuple(c for c in special if not idles(c, key) and (not c.HEADS or fits_ring(c, key.window)))
+        special = tuple(c for c in special if not idles(c, key) and (not c.HEADS or fits_ring(c, key.window)) and (
+            c.PACK_HEADS or group_of(key) % max(1, c.HEADS) == 0))  # else heads that are not there take their time
     else:
         plain = key.head_dim == key.head_dim_v == 128 and key.window is None
         special = (_HOPPER_FWD_128 if plain else ()) if not small else (

@@ -9,6 +9,7 @@ gives way to the other at once, the comparison is not: :func:`compares`. The heu
 from __future__ import annotations
 
 import functools
+import math
 
 from flash_sink_attn.config import (
     HOPPER_SLIDE_WINDOW,
@@ -37,7 +38,9 @@ _FEW_KEYS = 2304  # in a sequence, see loads_itself
 # 576 and 672 tiles that took 0.97, 0.95, 0.95 and 0.92 of the time, with 288 and 336 1.03 and 1.02, with 864 1.11.
 _MORE_AT_ONCE = (3 * PROGRAMS_AT_ONCE, 5.5 * PROGRAMS_AT_ONCE)
 _FEW_ROW_TILES = 3.5  # of 64 rows for each multiprocessor, see few_rows
-_PORTABLE_WINDOW = range(130, 256)  # see portable_window
+_PORTABLE_WINDOW = 512  # the longest, see portable_window
+_NARROW_WINDOW = 256  # see _too_narrow
+_IDLE = 1.095  # rounds that are begun over those that are filled, see idles
 
 
 def small_dims(key: ShapeKey) -> bool:
@@ -76,15 +79,16 @@ def packs_alone(key: ShapeKey) -> bool:
 def idles(config: HopperFwdConfig, key: ShapeKey) -> bool:
     """Whether programs that take several heads and fill half a multiprocessor each leave much of the card idle.
 
-    All of them take about as long, so a second round with few of them doubles the time: 288 for the 264 that run at
-    once took 0.0494 ms at 2300 tokens with a window of 180, where tiles of one head took 0.0396, and 456 at 3600 tokens
-    0.0679 for 0.0615; at 7700 tokens, four rounds, it was 0.109 against 0.119.
+    All of them take about as long, so a last round with few of them costs as much as a full one. Of tiles of one head
+    took, in ms on an H200 with windows of 180 to 220: 288 programs for the 264 that run at once (2300 tokens) 0.0494
+    for 0.0396, 456 (3600) 0.0679 for 0.0615, 480 (3800) 0.0681 for 0.0657, 1088 (8700) 0.149 for 0.145; but 968 (7700),
+    in nearly four rounds, 0.109 for 0.119, and 1264 (10100) 0.160 for 0.168.
     """
     if not config.PACK_HEADS or config.PROGRAMS_PER_SM or config.registers_per_thread <= 80 or not config.HEADS:
         return False
     programs = key.batch * key.heads_kv * -(-key.seqlen_q // 64) * (group_of(key) // (config.PACK_HEADS * config.HEADS))
-    at_once = 2 * PROGRAMS_AT_ONCE
-    return at_once < programs < 1.8 * at_once
+    rounds = programs / (2 * PROGRAMS_AT_ONCE)
+    return rounds > 1 and math.ceil(rounds) > _IDLE * rounds
 
 
 def wants_more_at_once(key: ShapeKey) -> bool:
@@ -141,13 +145,17 @@ def few_tiles(key: ShapeKey) -> bool:
 def portable_window(key: ShapeKey) -> bool:
     """Whether the window is one under which the portable forward is the faster one at head dims up to 64.
 
-    Up to 129 the Hopper kernel has all keys of 64 tokens in three blocks; more of them leave less room for programs.
-    In ms on an H200, portable and the best Hopper: 64/8 heads with a window of 200 0.0580 and 0.0657 at 3800 tokens,
-    0.1318 and 0.1453 at 8700; a packed batch of 40/8 heads with 160 0.0721 and 0.0753. With a window of 256, at 8192
-    tokens, it is a tie (0.1299 and 0.1305), with 420 0.0936 and 0.0887, and with 128 Hopper is 30% faster. Groups of
-    less than four were not measured.
+    Up to 129 the Hopper kernel has all keys of 64 tokens in three blocks, and four heads of a group in a tile; more
+    blocks leave less room for programs, and other groups have tiles of one head. In ms on an H200, portable and the
+    best Hopper: 64/8 heads with a window of 200 0.0580 and 0.0657 at 3800 tokens, 0.1318 and 0.1453 at 8700; with 390
+    0.0724 and 0.0827 at 3550, 0.1928 and 0.2203 at 9600; with 512 0.1984 and 0.2012 at 8192; 45/9 heads with 116 0.0435
+    and 0.0451. With windows of 175 to 256 and 64/8 heads either is ahead by up to 8%, by how the rounds come out. With
+    a window of 1024 it is 0.3226 and 0.3128, and with 128 Hopper is 30% faster. Groups of less than four were not
+    measured.
     """
-    return small_dims(key) and key.window in _PORTABLE_WINDOW and group_of(key) >= 4
+    if not small_dims(key) or key.window is None or group_of(key) < 4:
+        return False
+    return key.window <= _PORTABLE_WINDOW and not (key.window <= 129 and packs(key))
 
 
 def compares(pass_: Pass, measured: ShapeKey, key: ShapeKey) -> bool:
@@ -198,7 +206,8 @@ def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
     """
     config, measured = entry.config, entry.key
     if isinstance(config, TileConfig):
-        return entry.kernel != "fwd" or wants_more_at_once(measured) == wants_more_at_once(key)
+        return entry.kernel != "fwd" or (
+            wants_more_at_once(measured) == wants_more_at_once(key) and not _too_narrow(config, key))
     if isinstance(config, HopperFwdConfig):
         if config.HEADS and fits_ring(config, measured.window) != fits_ring(config, key.window):
             return False
@@ -209,13 +218,20 @@ def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
         if loads_itself(measured) != loads_itself(key):
             return False
         if short_window(key) or short_window(measured):
-            same = short_window(measured) == short_window(key)
+            # (where it hides nothing, rows are as different as without a window)
+            same = short_window(measured) == short_window(key) and hides_keys(measured) == hides_keys(key)
             return same and (config.PACK_HEADS > 0 or packs(measured) == packs(key))
         if not small_dims(key) or (config.BLOCK_M, config.BLOCK_N) not in _LARGE_TILES:
             return True
         best = min(rows_time(key, *tile) for tile in _LARGE_TILES)
         return rows_time(key, config.BLOCK_M, config.BLOCK_N) <= _LARGE_NEAR * best
     return _lends_backward(config, measured, key, deterministic)
+
+
+def _too_narrow(config: TileConfig, key: ShapeKey) -> bool:
+    """Whether a tile of the portable forward has few keys for a window: of 32 it took 1.15 of the time of 64 with a
+    window of 390 (64/8 heads x 64, 3550 and 9600 tokens), as long with 175."""
+    return small_dims(key) and key.window is not None and key.window > _NARROW_WINDOW and config.BLOCK_N < 64
 
 
 def _lends_backward(config: HopperBwdConfig, measured: ShapeKey, key: ShapeKey, deterministic: bool) -> bool:

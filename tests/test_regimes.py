@@ -249,9 +249,9 @@ def test_an_implementation_measured_with_what_this_call_cannot_use_is_judged_by_
     assert selection.decide("fwd", key, LIMITS, table(("fwd", near, TileConfig(64, 32), 0.2))).impl == "triton"
 
 
-@pytest.mark.parametrize("measured", [128, 256])
+@pytest.mark.parametrize("measured", [128, 640])
 def test_a_comparison_is_not_lent_into_the_windows_of_the_portable_forward_or_out_of_them(measured: int) -> None:
-    tile, wide = TileConfig(64, 32), HopperFwdConfig(64, 64, 2, PROGRAMS_PER_SM=3, maxnreg=80)
+    tile, wide = TileConfig(64, 64), HopperFwdConfig(64, 64, 2, PROGRAMS_PER_SM=3, maxnreg=80)
     outside, inside = tokens(WINDOW, 8192, window=measured), tokens(WINDOW, 8192, window=200)
     for near, key, ms, impl in ((outside, inside, 0.1, "triton"), (inside, outside, 0.9, "hopper")):
         own = table(("hopper_fwd", near, PACKED_FIVE, ms), ("fwd", near, tile, 0.5))
@@ -268,7 +268,9 @@ def test_where_the_portable_forward_goes_first() -> None:
     def portable(**other: Any) -> bool:
         return not prefers_hopper("fwd", tokens(WINDOW, 8192, **{"window": 200, **other}), LIMITS)
 
-    assert [w for w in (None, 1, 129, 130, 200, 255, 256, 420) if portable(window=w)] == [130, 200, 255]
+    assert [w for w in (None, 1, 129, 130, 200, 256, 512, 513) if portable(window=w)] == [130, 200, 256, 512]
+    # groups that are not multiples of four have no tiles of four heads
+    assert [n for n in (24, 32, 40, 48, 56, 64, 96) if portable(heads_q=n, window=100)] == [40, 48, 56]
     assert [n for n in (8, 16, 24, 32, 40, 128) if portable(heads_q=n)] == [32, 40, 128]
     assert portable(varlen=True) and not portable(head_dim=128, head_dim_v=128)
     assert prefers_hopper("bwd", tokens(WINDOW, 8192, window=200), LIMITS)
