@@ -10,7 +10,7 @@ from typing import Any
 import flash_sink_attn.tuned_table as tuned_table
 from flash_sink_attn.config import CONFIG_CLASS, IMPLS, KERNELS_OF, Impl, Kernel, reproducible
 from flash_sink_attn.devices import gpu_slug
-from flash_sink_attn.kernel_code import CODE_FIELD, kernel_code_hash
+from flash_sink_attn.kernel_code import CODE_FIELD, impl_of, kernel_code_hash
 from flash_sink_attn.nearest import family
 from flash_sink_attn.tuned_table import Entry, ShapeKey, TunedTable
 from sweeps.cases import Case
@@ -234,8 +234,8 @@ def _near(timed: Iterable[Measured], best: Measured, tolerance: float, measured_
 def merge(old: TunedTable, new: TunedTable) -> TunedTable:
     """Both tables' entries; where both have one for a kernel and key, the faster proven one.
 
-    Times prove something only about each other when they are of the same run's kernels: what was measured on other
-    kernel sources or another Triton, or on another varlen batch of the same key, gives way to the newer run, also the
+    Times prove something only about each other when they are of the same kernels: what was measured on other kernel
+    code or another Triton, or on another varlen batch of the same key, gives way to the newer run, also the
     entry with or without the same bits each time where the newer run has but one of them. An entry of the same run
     gives way (it was exported again), and a backward kernel timed alone to a pair timed as a whole.
 
@@ -257,7 +257,11 @@ def merge(old: TunedTable, new: TunedTable) -> TunedTable:
 
 def _comparable(new: Entry, old: Entry, runs: Mapping[str, Mapping[str, Any]]) -> bool:
     ours, theirs = runs[new.run], runs[old.run]
-    same_kernels = all(ours.get(name) == theirs.get(name) for name in ("kernel_source", "triton", "timing_mode"))
+    # a hash of what runs on the GPU, which launchers and comments leave as it is; older runs have that of all sources
+    code = CODE_FIELD[impl_of(new.kernel)]
+    if not (ours.get(code) and theirs.get(code)):
+        code = "kernel_source"
+    same_kernels = all(ours.get(name) == theirs.get(name) for name in (code, "triton", "timing_mode"))
     return same_kernels and (not new.key.varlen or new.case == old.case)
 
 

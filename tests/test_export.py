@@ -200,10 +200,10 @@ def test_another_cards_table_and_a_corrupt_one_are_left_alone(tmp_path):
 
 
 def table(run: str, ms: float, config: dict, *, date: str = "2026-01-01", kernel: str = "fwd", source: str = "a",
-          measured_as: str | None = None, key: ShapeKey = KEY, case_id: str = "c") -> TunedTable:
+          measured_as: str | None = None, key: ShapeKey = KEY, case_id: str = "c", **code: str) -> TunedTable:
     e = Entry(kernel=kernel, key=key, config=TileConfig(**config), latency_ms=ms, measured_as=measured_as or kernel,
               default_ms=None, case=case_id, run=run)
-    return TunedTable.build("h100", [e], {run: {"date": date, "kernel_source": source, "triton": "3.6.0"}})
+    return TunedTable.build("h100", [e], {run: {"date": date, "kernel_source": source, "triton": "3.6.0", **code}})
 
 
 @pytest.mark.parametrize(("old", "new", "kept"), [
@@ -212,6 +212,12 @@ def table(run: str, ms: float, config: dict, *, date: str = "2026-01-01", kernel
     (table("a", 0.10, tile(64, 32)), table("b", 0.10, tile(64, 64)), "a"),                        # equal: the one there
     (table("a", 0.10, tile(64, 32)), table("b", 0.20, tile(64, 64), source="z", date="2026-02-01"), "b"),
     (table("a", 0.20, tile(64, 32)), table("b", 0.10, tile(64, 64), source="z", date="2025-01-01"), "a"),
+    # the kernels' own code, where both runs have a hash of it: sources are others also where a launcher is
+    (table("a", 0.10, tile(64, 32), kernel_code="k", hopper_kernel_code="h"),
+     table("b", 0.20, tile(64, 64), source="z", date="2026-02-01", kernel_code="k", hopper_kernel_code="i"), "a"),
+    (table("a", 0.10, tile(64, 32), kernel_code="k"),
+     table("b", 0.20, tile(64, 64), date="2026-02-01", kernel_code="l"), "b"),
+    (table("a", 0.10, tile(64, 32), kernel_code="k"), table("b", 0.20, tile(64, 64), source="z", date="2026-02-01"), "b"),
     (table("a", 0.10, tile(64, 32), kernel="bwd_dq"),
      table("b", 0.20, tile(64, 64), kernel="bwd_dq", measured_as="bwd"), "b"),
     (table("a", 0.20, tile(64, 32), kernel="bwd_dq", measured_as="bwd"),
