@@ -50,6 +50,7 @@ class Supervisor:
         on_stage: told of every stage the trial enters.
         on_note: told of what a new worker has to say once.
         module, arguments: what to run as the worker.
+        make_room: asked when no worker comes up, whether others were in the way, so that it is worth trying on.
 
     Attributes:
         asking_since: when it asked for the device that it has not been given yet, None = it does not ask.
@@ -59,9 +60,10 @@ class Supervisor:
     """
 
     def __init__(self, limit_s: Callable[[str], float], on_stage: Callable[[str], None], on_note: Callable[[str], None],
-                 module: str = "sweeps.worker", arguments: tuple[str, ...] = ()) -> None:
+                 module: str = "sweeps.worker", arguments: tuple[str, ...] = (),
+                 make_room: Callable[[], bool] = lambda: False) -> None:
         self._limit_s, self._on_stage, self._on_note = limit_s, on_stage, on_note
-        self._module, self._arguments = module, arguments
+        self._module, self._arguments, self._make_room = module, arguments, make_room
         self._child: Child | None = None
         self._ready = self._busy = False
         self._failed_starts = 0
@@ -178,7 +180,10 @@ class Supervisor:
             self._failed_starts += 1
             self._not_before = time.monotonic() + 2.0 ** (self._failed_starts - 1)
             if self._failed_starts >= _MAX_FAILED_STARTS:
-                raise RunError(f"no worker can be started ({how}): {self._tail()}")
+                if self._make_room():
+                    self._failed_starts = 0
+                else:
+                    raise RunError(f"no worker can be started ({how}): {self._tail()}")
         self._forget()
         return outcome
 

@@ -66,7 +66,8 @@ class Workers:
         arguments = (str(1 + peers),)
         names = (OURS, *(f"peers {n}" if n > 1 else "peers" for n in range(1, peers + 1)))
         self.lanes = [
-            Lane(name, Supervisor(limit_s, functools.partial(self._stage, number), on_note, arguments=arguments))
+            Lane(name, Supervisor(limit_s, functools.partial(self._stage, number), on_note, arguments=arguments,
+                                  make_room=functools.partial(self._make_room, number)))
             for number, name in enumerate(names)]
 
     @property
@@ -96,6 +97,18 @@ class Workers:
     def others_hold_memory(self, lane: Lane) -> bool:
         """Whether a job of this lane shared the device with another process."""
         return any(other.supervisor.running for other in self.lanes if other is not lane)
+
+    def _make_room(self, number: int) -> bool:
+        """Ends idle workers beside one that does not come up; whether there were others at all.
+
+        What a peer is at work on can fill the device for longer than a few starts: 129 of 140 GiB for cuDNN's
+        deterministic backward of 32768 tokens. It has limits of its own.
+        """
+        others = [lane for lane in self.lanes if lane is not self.lanes[number] and lane.supervisor.running]
+        for lane in others:
+            if lane.job is None:
+                lane.supervisor.close()
+        return bool(others)
 
     def leave_alone(self, lane: Lane) -> None:
         """Ends all other workers, which must have nothing to do, so that the device is this one's alone."""

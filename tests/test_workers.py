@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from sweeps import runner
+from sweeps import runner, supervisor
 from sweeps.finals import Final
 from sweeps.plan import Trial
 from sweeps.sampling import disturbed
 from sweeps.spec import SweepSpec
 from sweeps.store import read_finals, read_rows, read_sittings
-from sweeps.supervisor import Outcome, Supervisor
+from sweeps.supervisor import Outcome, RunError, Supervisor
 from sweeps.workers import GPU_STAGES, Workers, _covered
 from tests.test_runner import CASE, PATIENCE_S
 
@@ -111,6 +111,38 @@ def test_a_time_is_kept_where_there_is_no_room_to_take_it_again(
     assert sorted(log.read_text().split()) == ["0", "0", "1", "1", "1", "2", "2", "2"]
     assert "taken again alone; beside others" in rows[1]["note"]
     assert "taken again alone: run: OutOfMemoryError" in rows[2]["note"] and rows[2]["latency_ms"] > 0
+
+
+def test_a_worker_that_others_keep_from_starting_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as one is at work it is tried on; idle ones end; with nobody beside it that is the end of the run."""
+    monkeypatch.setattr(supervisor, "_MAX_FAILED_STARTS", 1)
+    crew = Workers(2, lambda stage: PATIENCE_S, lambda job, stage: None, lambda note: None)
+    ours, at_work, at_rest = crew.lanes
+    monkeypatch.setattr(ours.supervisor, "_module", "tests.nowhere")
+    at_work.job = object()
+    for lane in (at_work, at_rest):
+        monkeypatch.setattr(lane.supervisor, "_module", "tests.asking_worker")
+        assert not lane.supervisor.idle  # starts it
+
+    def fails_to_start() -> None:
+        _ = ours.supervisor.idle
+        while ours.supervisor.running:
+            ours.supervisor.poll()
+            time.sleep(0.01)
+        monkeypatch.setattr(ours.supervisor, "_not_before", 0.0)
+
+    try:
+        fails_to_start()
+        assert at_work.supervisor.running and not at_rest.supervisor.running
+        fails_to_start()
+        assert at_work.supervisor.running
+        at_work.job = None
+        fails_to_start()
+        assert not at_work.supervisor.running
+        with pytest.raises(RunError, match="no worker can be started.*tests.nowhere"):
+            fails_to_start()
+    finally:
+        crew.close()
 
 
 def test_who_is_disturbed() -> None:
