@@ -225,7 +225,7 @@ def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
             return True
         best = min(rows_time(key, *tile) for tile in _LARGE_TILES)
         return rows_time(key, config.BLOCK_M, config.BLOCK_N) <= _LARGE_NEAR * best
-    return _lends_backward(config, measured, key, deterministic)
+    return _lends_backward(config, key, deterministic)
 
 
 def _too_narrow(config: TileConfig, key: ShapeKey) -> bool:
@@ -234,7 +234,7 @@ def _too_narrow(config: TileConfig, key: ShapeKey) -> bool:
     return small_dims(key) and key.window is not None and key.window > _NARROW_WINDOW and config.BLOCK_N < 64
 
 
-def _lends_backward(config: HopperBwdConfig, measured: ShapeKey, key: ShapeKey, deterministic: bool) -> bool:
+def _lends_backward(config: HopperBwdConfig, key: ShapeKey, deterministic: bool) -> bool:
     if config.DETERMINISTIC and not deterministic:  # the best of its shape only where that is asked for
         return False
     kind, worth = Kind(HopperBwdForm(config.FORM), config.SPLIT_GROUP), kinds(key)
