@@ -401,8 +401,8 @@ def test_the_board_has_its_rows_and_every_rival_in_each(monkeypatch: pytest.Monk
     assert {None, 128, 256, 512, 1024, 2048, 4096} == {c.window for c in cases}
     assert {1, 2, 4, 8} == {c.batch for c in cases} and {"bfloat16", "float16"} == {c.dtype for c in cases}
     assert {(c.head_dim, c.head_dim_v) for c in cases} == {(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)}
-    # 904 rows took 223 s
-    assert sum(t.runs for t in trials) <= 1000
+    # 979 rows took 237 s, and the config promises 270
+    assert sum(t.runs for t in trials) <= 1100
 
 
 def test_upstreams_benchmarks_are_its_own() -> None:
