@@ -8,16 +8,17 @@ see many queries take long, and a card that waits for them idles: a group's head
 shorter, but each leaves parts of dK and dV in float32 that are added up afterwards. Which form and how many programs
 are the fastest changes with every doubling of a length or of the heads, too often for a table.
 
-The constants are fitted to 1,703 times of 293 shapes on an H200 (2026-11-28 and 29, driver 580.159.04, Triton 3.6.0:
-tests/data/h200-kinds.csv and the runs under results/h200): 128 to 16384 tokens, groups of 1 to 16, head dims 64, 96 and
-128, without a window and with windows of 96 to 4096. The error, in the median and at the ninth decile, is
+The constants were fitted to 1,703 times of 293 shapes on an H200 (2026-11-28 and 29, driver 580.159.04, Triton 3.6.0:
+tests/data/h200-kinds.csv and runs under results/h200). With those measured since it is 2,401 times of 393 shapes: 128
+to 32768 tokens, groups of 1 to 16, head dims 64, 96 and 128, without a window and with windows of 88 to 4096. The
+error, in the median and at the ninth decile, is
 
-- where dQ is added up 1.3 and 5% at head dim 64, 1.9 and 8% at 128; 1.3 and 4%, 4 and 7% of it under a window, of which
-  there are only 43 times; in one order 5 and 11%;
-- where products are made again 3 and 10%, where the kernel slides 3 and 9%.
+- where dQ is added up 1.3 and 5% at head dim 64, 2 and 8% at 128; under a window, of which there are 97 times, 1.2 and
+  3%, 4 and 8%; in one order 5 and 11%;
+- where products are made again 3 and 8%, where the kernel slides 3 and 8%.
 
 The fastest kind of a shape by these formulas takes 1.007 of the time of the fastest measured in the mean, more than
-1.05 in 17 of 337 cases, and 1.18 at worst.
+1.05 in 21 of 453 cases, and 1.18 at worst.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import functools
 import heapq
 import math
+from itertools import accumulate
 from typing import NamedTuple
 
 from flash_sink_attn.config import HopperBwdForm
@@ -101,31 +103,53 @@ _MORE_PARTS = 1.7
 _ROUNDS_WALKED, _LAST_WAIT = 12, 0.37
 # What a tile of a forward costs besides the keys it multiplies, in keys; anything from 100 to 200 does.
 _TILE_KEYS = 128
-_FEW_TILES = 12 * PROGRAMS_AT_ONCE  # with more of them the rounds come out even
+
+
+def tile_keys(seqlen_q: int, seqlen_k: int, window: int | None, block_m: int, block_n: int) -> list[int]:
+    """What each tile of a head of a forward costs, in keys; the one with the last queries, the longest, first."""
+    costs = []
+    for first in reversed(range(0, seqlen_q, block_m)):
+        begin = 0 if window is None else max(0, first + seqlen_k - seqlen_q - window + 1)
+        end = min(seqlen_q, first + block_m) + seqlen_k - seqlen_q
+        costs.append(_TILE_KEYS + max(0, -(-(end - begin) // block_n) * block_n))
+    return costs
+
+
+def longest_program(costs: list[int], sections: list[int], programs: int) -> int:
+    """What the program with the most to do gets of a forward's persistent grid.
+
+    As common.tile_of_round hands tiles out: forwards in one round, backwards in the next.
+
+    Args:
+        costs: of the tiles of a head, in their order.
+        sections: how many heads each section has; it goes through the first tiles of all of them, then the second ones.
+    """
+    steps = [0] * (programs + 1)  # how much more a program has to do than the one before it
+    number = 0
+    for heads in sections:
+        for cost in costs:
+            left = heads
+            while left:
+                turn, at = divmod(number, programs)
+                count = min(left, programs - at)
+                low = programs - at - count if turn % 2 else at
+                steps[low] += cost
+                steps[low + count] -= cost
+                number += count
+                left -= count
+    return max(accumulate(steps))
 
 
 @functools.lru_cache(4096)
 def rows_time(key: ShapeKey, block_m: int, block_n: int) -> float:
     """Time of a forward by persistent programs, one for each multiprocessor, in pairs of a query and a key.
 
-    The longest program's, where there are few tiles. In 50 shapes of head dim 64 without a window, on an H200
-    (2026-11-28, 1024 to 16384 tokens, 12 to 64 heads), the better of 256 x 64 and 192 x 128 by this took 1.001 of the
-    time of the better one in the mean and 1.016 at worst.
+    The longest program's, all heads in one section. In 65 shapes of head dim 64 without a window, on an H200
+    (2026-11-28 and 29, 1024 to 32768 tokens, 18 to 64 heads), the better of 256 x 64 and 192 x 128 by this took 1.002
+    of the time of the better one in the mean and 1.038 at worst.
     """
-    tiles, heads = -(-key.seqlen_q // block_m), key.batch * key.heads_q
-    pairs = []  # of each tile of a head, the longest first, as programs take them
-    for tile in reversed(range(tiles)):
-        end = min(key.seqlen_k, max(0, (tile + 1) * block_m + key.seqlen_k - key.seqlen_q))
-        before = 0 if key.window is None else max(0, tile * block_m + key.seqlen_k - key.seqlen_q - key.window + 1)
-        pairs.append((-(-end // block_n) * block_n - before // block_n * block_n + _TILE_KEYS) * block_m)
-    if tiles * heads > _FEW_TILES:
-        return sum(pairs) * heads / PROGRAMS_AT_ONCE
-    programs = [0] * PROGRAMS_AT_ONCE
-    for number in range(tiles * heads):
-        turn, at = divmod(number, PROGRAMS_AT_ONCE)
-        # as tile_of_round: forwards in one round, backwards in the next
-        programs[PROGRAMS_AT_ONCE - 1 - at if turn % 2 else at] += pairs[number // heads]
-    return float(max(programs))
+    costs = tile_keys(key.seqlen_q, key.seqlen_k, key.window, block_m, block_n)
+    return float(block_m * longest_program(costs, [key.batch * key.heads_q], PROGRAMS_AT_ONCE))
 
 
 @functools.lru_cache(4096)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from flash_sink_attn.hopper import sections
+from flash_sink_attn.estimate import longest_program
 from flash_sink_attn.hopper.sections import key_heads
 
 
@@ -26,12 +26,12 @@ def test_the_longest_program_is_what_tile_by_tile_comes_out() -> None:
         costs = sorted((draw.randint(1, 40) for _ in range(draw.randint(1, 12))), reverse=True)
         of = [draw.randint(1, 30) for _ in range(draw.randint(1, 4))]
         programs = draw.choice((1, 7, 12, 132))
-        assert sections._longest(costs, of, programs) == longest_by_tiles(costs, of, programs), (costs, of, programs)
+        assert longest_program(costs, of, programs) == longest_by_tiles(costs, of, programs), (costs, of, programs)
 
 
 def causal(heads: int, group: int, tokens: int, head_dim: int, block_m: int = 128, block_n: int = 128,
            programs: int = 132) -> int:
-    return key_heads(heads, group, tokens * 4 * head_dim, tokens, tokens, 0, block_m, block_n, programs)
+    return key_heads(heads, group, tokens * 4 * head_dim, tokens, tokens, None, block_m, block_n, programs)
 
 
 @pytest.mark.parametrize(("heads", "group", "tokens", "head_dim", "block_m", "wanted"), [
@@ -52,6 +52,6 @@ def test_a_section_exists_for_whatever_comes() -> None:
     for heads in (1, 3, 40, 512):
         for tokens in (0, 1, 127, 5000):
             for keys in (0, 1, 300, 70000):
-                for window in (0, 1, 128):
+                for window in (None, 1, 128):
                     got = key_heads(heads, 4, keys * 1024, tokens, keys, window, 64, 64, 396)
                     assert 1 <= got <= heads

@@ -38,7 +38,7 @@ def forward(
     # (a packed batch has no sections; a grid that is not persistent takes tiles much as one that is)
     section = units if sequences.varlen else chunks * sections.key_heads(
         units // chunks, chunks, sequences.seqlen_k * (q.shape[-1] + v.shape[-1]) * k.element_size(),
-        sequences.seqlen_q, sequences.seqlen_k, window or 0, tokens, c.BLOCK_N, at_once)
+        sequences.seqlen_q, sequences.seqlen_k, window, tokens, c.BLOCK_N, at_once)
     q_desc, k_desc = describe(q, 64, first), describe(k, c.BLOCK_N, first)
     if not c.LOADER:
         return launch(hopper_alone_kernel, programs, q.device, [

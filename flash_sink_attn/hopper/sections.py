@@ -9,19 +9,19 @@ room for those are taken with which the program that has the most to do has the 
 from __future__ import annotations
 
 import functools
-from itertools import accumulate
+
+from flash_sink_attn.estimate import longest_program, tile_keys
 
 # K and V of a section, of 50 MB of L2. With 64 and 128 MB in one section causal forwards of 32 heads of 4096 and 8192
 # tokens took 1.05 and 1.04 of their time with sections of 22 and 44 MB (head dim 128, an H200).
 _ROOM = 48 << 20
 _NO_ROOM_COSTS = 1.05
 _MORE = 3  # sections that are thought of beyond the fewest that have room
-_TILE_KEYS = 128  # what a tile costs besides its keys, see estimate.rows_time
 
 
 @functools.lru_cache(4096)
 def key_heads(
-    heads: int, tiles_per_head: int, head_bytes: int, seqlen_q: int, seqlen_k: int, window: int, block_m: int,
+    heads: int, tiles_per_head: int, head_bytes: int, seqlen_q: int, seqlen_k: int, window: int | None, block_m: int,
     block_n: int, programs: int,
 ) -> int:
     """The key heads of a section, of ``heads`` of a batch of one length.
@@ -34,39 +34,15 @@ def key_heads(
         heads: key heads of all sequences.
         tiles_per_head: query heads of each, or sets of them that one program takes.
         head_bytes: of one's K and V.
-        window: 0 = none.
         block_m: query rows of a tile.
         programs: of the grid.
     """
-    costs = []  # of each tile of a head, in keys, the longest first
-    for first in reversed(range(0, seqlen_q, block_m)):
-        begin = max(0, first + seqlen_k - seqlen_q - window + 1) if window else 0
-        end = min(seqlen_q, first + block_m) + seqlen_k - seqlen_q
-        costs.append(_TILE_KEYS + max(0, -(-(end - begin) // block_n) * block_n))
+    costs = tile_keys(seqlen_q, seqlen_k, window, block_m, block_n)
     fewest = -(-heads // max(1, _ROOM // max(1, head_bytes)))
-    best, least = heads, float("inf")
-    for count in sorted({1, *range(fewest, min(heads, fewest + _MORE) + 1)}):
-        section = -(-heads // count)
+
+    def time(section: int) -> float:
         sections = [tiles_per_head * min(section, heads - low) for low in range(0, heads, section)]
-        time = _longest(costs, sections, programs) * (_NO_ROOM_COSTS if section * head_bytes > _ROOM else 1.0)
-        if time < least:
-            best, least = section, time
-    return best
+        return longest_program(costs, sections, programs) * (_NO_ROOM_COSTS if section * head_bytes > _ROOM else 1.0)
 
-
-def _longest(costs: list[int], sections: list[int], programs: int) -> int:
-    """What the program with the most to do costs: in each section so many tiles of each cost, one after the other."""
-    steps = [0] * (programs + 1)  # how much more a program has to do than the one before it
-    number = 0
-    for tiles in sections:
-        for cost in costs:
-            left = tiles
-            while left:
-                turn, at = divmod(number, programs)
-                count = min(left, programs - at)
-                low = programs - at - count if turn % 2 else at
-                steps[low] += cost
-                steps[low + count] -= cost
-                number += count
-                left -= count
-    return max(accumulate(steps))
+    counts = sorted({1, *range(fewest, min(heads, fewest + _MORE) + 1)})
+    return min((-(-heads // count) for count in counts), key=time)
