@@ -354,11 +354,8 @@ class Worker:
             torch.cuda.empty_cache()
 
     def _give_back_memory(self) -> None:
-        """What Torch keeps for later is missing in every other process on the device, and what a trial left in a
-        circle of references even more: cuDNN's deterministic backward has a workspace of 129 GiB at 32768 tokens."""
+        """What Torch keeps for later is missing in every other process on the device."""
         if self._device.type == "cuda":
-            if self._memory_used() > self._kept_memory:
-                gc.collect()
             spare = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
             if spare > _SPARE_MEMORY * self._total_memory():
                 torch.cuda.empty_cache()
