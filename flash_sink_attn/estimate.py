@@ -17,7 +17,8 @@ error, in the median and at the ninth decile, is
   3%, 4 and 8%; in one order 5 and 11%;
 - where products are made again 3 and 8%, where the kernel slides 3 and 8%.
 
-The fastest kind of a shape by these formulas takes 1.007 of the time of the fastest measured in the mean, more than
+All those times are of sections of as many programs as run at once (see :func:`shares_in_section`), and so is this: the
+fastest kind of a shape by these formulas takes 1.007 of the time of the fastest measured in the mean, more than
 1.05 in 21 of 453 cases, and 1.18 at worst.
 """
 
@@ -34,6 +35,7 @@ from flash_sink_attn.tuned_table import ShapeKey
 from flash_sink_attn.validity import hopper_bwd_width
 
 PROGRAMS_AT_ONCE = 132  # multiprocessors of an H100 and an H200
+_KEYS = 128  # of a tile of the backward that adds dQ up, at head dims up to 128
 
 
 class Kind(NamedTuple):
@@ -101,6 +103,13 @@ _MORE_PARTS = 1.7
 # Rounds of programs that are gone through one by one. With more of them the card is full until a share of the longest
 # program's time before the end, in the mean.
 _ROUNDS_WALKED, _LAST_WAIT = 12, 0.37
+# Shares are put into so many equal sections where that ends sooner than sections of as many as run at once do. But what
+# walks in lock step reads and adds to the same tiles, and the more go together the less of these is still in L2: each
+# doubling costs such a share of the time, little under a window, where walks go head by head.
+_EQUAL_SECTIONS = (4, 3, 2, 1)
+_DOUBLING, _DOUBLING_UNDER_WINDOW = 0.04, 0.01
+_DOUBLING_IN_ORDER = 0.0  # in one order fewer tiles of a head, of which each waits for its neighbour, run at once
+_EVEN = 1.02  # where the last program ends so soon after the mean, other sections are not thought of
 # What a tile of a forward costs besides the keys it multiplies, in keys; anything from 100 to 200 does.
 _TILE_KEYS = 128
 
@@ -153,13 +162,24 @@ def rows_time(key: ShapeKey, block_m: int, block_n: int) -> float:
 
 
 @functools.lru_cache(4096)
-def microseconds(key: ShapeKey, kind: Kind, ordered: bool = False) -> float:
-    """Time of a backward with head dims up to 128. ``ordered``: dQ is added up in one order."""
+def microseconds(key: ShapeKey, kind: Kind, ordered: bool = False, section: int | None = None) -> float:
+    """Time of a backward with head dims up to 128.
+
+    Args:
+        ordered: whether dQ is added up in one order.
+        section: shares that go together where dQ is added up, in place of what :func:`shares_in_section` says.
+    """
     if kind.form == HopperBwdForm.SLIDE:
         return _sliding(key)
     if kind.form == HopperBwdForm.RECOMPUTE:
         return _recomputing(key, kind.shares)
-    return _adding(key, kind.shares, ordered)
+    return _adding(key, kind.shares, ordered, section)
+
+
+def steps_to_begin(head_dim: int) -> float:
+    """What a program that adds dQ up costs besides the steps it goes through; above 128, where it was not measured, as
+    much as at 128."""
+    return _ADDING[min(128, hopper_bwd_width(head_dim))].begin
 
 
 def group_of(key: ShapeKey) -> int:
@@ -182,12 +202,13 @@ def _shared_parts(key: ShapeKey, shares: int, part: float) -> float:
     return part * _millions(key, key.heads_kv) * shares + _MORE_PARTS * max(0, shares - 4)
 
 
-def _adding(key: ShapeKey, shares: int, ordered: bool) -> float:
+def _adding(key: ShapeKey, shares: int, ordered: bool, section: int | None) -> float:
     width = hopper_bwd_width(key.head_dim)
     cost = _ADDING[width]
     step = cost.step * (1.0 if key.window is None else cost.window)
     parts = _shared_parts(key, shares, cost.part)
-    time = cost.launches + step * _steps(key, shares, cost.begin) + cost.element * _millions(key, key.heads_q) + parts
+    steps = _steps(key, shares, cost.begin, ordered, section)
+    time = cost.launches + step * steps + cost.element * _millions(key, key.heads_q) + parts
     if not ordered:
         return time
     least, short, window = _ORDER[width]
@@ -195,32 +216,136 @@ def _adding(key: ShapeKey, shares: int, ordered: bool) -> float:
                             else window * min(key.window, key.seqlen_k) / 4096))
 
 
-def _steps(key: ShapeKey, shares: int, begin: float) -> float:
-    """Steps until the last program of the form that adds up has ended, if one at a time runs on each multiprocessor.
+def _steps(key: ShapeKey, shares: int, begin: float, ordered: bool = False, section: int | None = None) -> float:
+    """Steps of the form that adds up, in sections of so many shares, by default of as many as a launch has."""
+    if section is None and not key.varlen:
+        return shares_in_section(key.seqlen_q, key.seqlen_k, key.window, _KEYS, group_of(key), _units(key), shares,
+                                 begin, ordered, PROGRAMS_AT_ONCE).steps
+    programs = _Programs.of(key.seqlen_q, key.seqlen_k, key.window, _KEYS, group_of(key), _units(key), shares, begin,
+                            PROGRAMS_AT_ONCE)
+    return programs.steps(section or programs.section_at_once)
 
-    As backward_walk.key_tile numbers them: by sections of as many heads, or shares of them, as run at once, in a
-    section the first keys first, which under a causal mask most queries see.
+
+class Section(NamedTuple):
+    """A section of the programs that hold keys.
+
+    Attributes:
+        shares: of (batch, key head) pairs whose tiles go together.
+        steps: until the last program has ended, 64 queries of a head each, with what a large section costs.
     """
-    tiles, group, units = max(1, -(-key.seqlen_k // 128)), group_of(key), _units(key) * shares
-    heads, offset = -(-group // shares), key.seqlen_k - key.seqlen_q
-    seen = []  # at each tile of keys: tiles of a head's queries that see some of it
-    for first in range(0, tiles * 128, 128):
-        stop = key.seqlen_q
-        if key.window is not None:
-            stop = min(stop, max(0, first + 127 + key.window - offset))
-        seen.append(max(0, -(-stop // 64) - max(0, first - offset) // 64))
-    if tiles * units > _ROUNDS_WALKED * PROGRAMS_AT_ONCE:
-        total = _units(key) * (group * sum(seen) + shares * tiles * begin)
-        return total / PROGRAMS_AT_ONCE + _LAST_WAIT * (max(seen) * heads + begin)
-    of_share = [min(heads, group - share * heads) for share in range(shares)]
-    section = max(1, PROGRAMS_AT_ONCE // tiles)
-    ends = [0.0] * PROGRAMS_AT_ONCE  # a heap: the multiprocessor that is free first takes the next program
-    for low in range(0, units, section):
-        members = [of_share[unit % shares] for unit in range(low, min(units, low + section))]
-        for queries in seen:
-            for member in members:
-                heapq.heapreplace(ends, ends[0] + queries * member + begin)
-    return max(ends)
+
+    shares: int
+    steps: float
+
+
+@functools.lru_cache(4096)
+def shares_in_section(
+    seqlen_q: int, seqlen_k: int, window: int | None, block_n: int, group: int, units: int, shares: int, begin: float,
+    ordered: bool, programs: int,
+) -> Section:
+    """The section that a backward of one length which adds dQ up is launched with, and what it takes.
+
+    Sections of as many shares as run at once keep the programs in lock step, so that q, do and dQ come from L2; but
+    where they leave the card partly idle, or the last is small, equal sections of more shares end sooner. On an H200
+    (2026-11-29, of the time with as many as run at once) a causal backward of 28/7 heads x 128, 2350 tokens, two
+    programs for a group, took 0.68 with 7 for 6; where nothing is to be gained, 64/8 x 128, 8192 tokens, 1.17 with 4
+    for 2. tests/test_estimate.py has all that were measured.
+
+    Under a window with dQ in one order all go together, so that fewer tiles of a head, of which each waits for its
+    neighbour, run at once: 64/8 x 64, 8192 tokens, window 4096, 0.80 with 8 for 2.
+
+    Args:
+        block_n: keys of a tile.
+        group: query heads of a key head.
+        units: (batch, key head) pairs.
+        shares: programs that share a group at the same keys.
+        begin: steps that a program costs besides those it goes through.
+        ordered: whether dQ is added up in one order.
+        programs: that run at once.
+    """
+    of = _Programs.of(seqlen_q, seqlen_k, window, block_n, group, units, shares, begin, programs)
+    base, falling = of.section_at_once, ordered and window is None
+    doubling = _DOUBLING_IN_ORDER if ordered else _DOUBLING if window is None else _DOUBLING_UNDER_WINDOW
+    if not of.walked:
+        return Section(base, of.steps(base))
+    if ordered and window is not None:
+        return Section(max(base, of.all_shares), of.steps(max(base, of.all_shares)))
+
+    def cost(section: int) -> float:
+        return 1 + doubling * math.log2(section / base)
+
+    best, least = base, of.steps(base, falling)
+    if least > _EVEN * of.mean:
+        for section in sorted({-(-of.all_shares // sections) for sections in _EQUAL_SECTIONS}):
+            # no section takes less than the mean program, so most need not be gone through
+            if section > base and of.mean * cost(section) < least:
+                steps = of.steps(section, falling) * cost(section)
+                if steps <= least:
+                    best, least = section, steps
+    return Section(best, of.steps(best) * cost(best))
+
+
+class _Programs(NamedTuple):
+    """The programs that hold keys of a backward that adds dQ up, one at a time on each multiprocessor.
+
+    As backward_walk.key_tile numbers them: by sections of shares, in a section the first keys first, which under a
+    causal mask most queries see.
+
+    Attributes:
+        seen: of each tile of keys: tiles of a head's queries that see some of it.
+        heads: of each share of a group.
+        all_shares: of all (batch, key head) pairs.
+        begin, at_once: see :func:`shares_in_section`.
+    """
+
+    seen: tuple[int, ...]
+    heads: tuple[int, ...]
+    all_shares: int
+    begin: float
+    at_once: int
+
+    @classmethod
+    def of(cls, seqlen_q: int, seqlen_k: int, window: int | None, block_n: int, group: int, units: int, shares: int,
+           begin: float, at_once: int) -> _Programs:
+        """As :func:`shares_in_section` has them."""
+        offset, most = seqlen_k - seqlen_q, -(-group // shares)
+        seen = []
+        for first in range(0, max(1, seqlen_k), block_n):
+            stop = seqlen_q
+            if window is not None:
+                stop = min(stop, max(0, first + block_n - 1 + window - offset))
+            seen.append(max(0, -(-stop // 64) - max(0, first - offset) // 64))
+        heads = tuple(min(most, group - share * most) for share in range(shares))
+        return cls(tuple(seen), heads, units * shares, begin, at_once)
+
+    @property
+    def section_at_once(self) -> int:
+        """As many shares as run at once."""
+        return max(1, min(self.all_shares, self.at_once // len(self.seen)))
+
+    @property
+    def walked(self) -> bool:
+        """Whether they are gone through one by one."""
+        return len(self.seen) * self.all_shares <= _ROUNDS_WALKED * self.at_once
+
+    @property
+    def mean(self) -> float:
+        """Steps of a multiprocessor if all had as many."""
+        each = sum(self.heads) * sum(self.seen) + len(self.heads) * len(self.seen) * self.begin
+        return self.all_shares // len(self.heads) * each / self.at_once
+
+    def steps(self, section: int, falling: bool = False) -> float:
+        """Until the last program has ended. falling: the last keys first in every other section, as where dQ is added in
+        one order without a window."""
+        if not self.walked:
+            return self.mean + _LAST_WAIT * (max(self.seen) * max(self.heads) + self.begin)
+        ends, take = [0.0] * self.at_once, heapq.heapreplace  # who is free first takes the next program
+        for number, low in enumerate(range(0, self.all_shares, section)):
+            members = [self.heads[share % len(self.heads)] for share in range(low, min(self.all_shares, low + section))]
+            for queries in reversed(self.seen) if falling and number % 2 == 0 else self.seen:
+                for cost in [queries * member + self.begin for member in members]:
+                    take(ends, ends[0] + cost)
+        return max(ends)
 
 
 def _recomputing(key: ShapeKey, shares: int) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperBwdForm
+from flash_sink_attn.estimate import shares_in_section, steps_to_begin
 from flash_sink_attn.hopper.backward_keys import hopper_bwd_keys_kernel
 from flash_sink_attn.hopper.backward_queries import hopper_bwd_queries_kernel
 from flash_sink_attn.hopper.backward_rows import (
@@ -221,7 +222,7 @@ def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) 
         *map(c.described, (c.q, c.k, c.v, c.do, c.dk, c.dv)), sums, scratch, turn, c.lse2, c.delta,
         *((None, None) if accumulates else (c.parts, c.dsinks)), c.sequences.cu_seqlens_q, c.sequences.cu_seqlens_k,
         c.sequences.batch, c.sequences.seqlen_q, c.sequences.seqlen_k, c.heads_kv, c.rows, tiles,
-        _section(c, tiles, accumulates), c.window, c.slots, c.scale, c.scale * LOG2E,
+        _section(c, tiles, config.BLOCK_N, accumulates), c.window, c.slots, c.scale, c.scale * LOG2E,
     ], {
         "GROUP": c.group, "SPLIT": split, "D": c.width, "WARPGROUPS": warpgroups, "STAGES": config.num_stages,
         "BUFFERS": config.buffers(c.width), "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0,
@@ -283,7 +284,7 @@ def _wide(call: _Call, scratch: torch.Tensor) -> Any:
         *described(c.q), *described(c.k), describe(c.v, 64, width_v), describe(c.do, 64, width_v), *described(c.dk),
         describe(c.dv, 64, width_v), scratch, c.lse2, c.delta, c.sequences.cu_seqlens_q,
         c.sequences.cu_seqlens_k, c.sequences.batch, c.sequences.seqlen_q, c.sequences.seqlen_k, c.heads_kv, c.rows,
-        tiles, _section(c, tiles, True), c.window, c.scale, c.scale * LOG2E,
+        tiles, _section(c, tiles, 64, True), c.window, c.scale, c.scale * LOG2E,
     ], {
         "GROUP": c.group, "D": first, "D2": second, "DV": width_v, "STAGES": c.config.num_stages,
         "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "REGISTERS": 240,
@@ -318,13 +319,18 @@ def _slide(call: _Call) -> Any:
     return compiled
 
 
-def _section(call: _Call, tiles: int, accumulates: bool) -> int:
+def _section(call: _Call, tiles: int, block_n: int, accumulates: bool) -> int:
     """The ``section`` of backward_walk.key_tile: shares, or of a packed batch programs, that are to go together. Where
-    dQ is accumulated, as many as run at once."""
-    at_once = _multiprocessors(call.q.device) if accumulates else _SECTION * tiles
-    if call.sequences.varlen:
+    dQ is accumulated, as many as run at once, or of one length so many that all end the soonest."""
+    c, split = call, call.config.SPLIT_GROUP
+    at_once = _multiprocessors(c.q.device) if accumulates else _SECTION * tiles
+    if c.sequences.varlen:
         return at_once
-    return min(call.units * call.config.SPLIT_GROUP, max(1, at_once // tiles))
+    if not accumulates:
+        return min(c.units * split, max(1, at_once // tiles))
+    return shares_in_section(
+        c.sequences.seqlen_q, c.sequences.seqlen_k, c.window or None, block_n, c.group, c.units, split,
+        steps_to_begin(c.width), c.config.DETERMINISTIC, at_once).shares
 
 
 @functools.lru_cache(maxsize=64)
