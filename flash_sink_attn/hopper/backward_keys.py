@@ -126,7 +126,8 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
     """
     # The order within a tile is what was fastest of those that were measured, see docs/hopper.md.
     AHEAD: gl.constexpr = DQ_BY == 1 or not ORDERED  # the next tile's lse is loaded while its S is multiplied
-    LATE: gl.constexpr = DQ_BY != 1 and not ORDERED  # dP begins after the exponentials, and not beside them
+    # dP begins after the exponentials, and not beside them
+    LATE: gl.constexpr = not ORDERED and (DQ_BY == 0 or DQ_BY == 2 and not WINDOW)
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work

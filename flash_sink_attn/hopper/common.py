@@ -275,7 +275,8 @@ def await_launch_before():
 
 @gluon.jit
 def barriers_declare(zero):
-    """Shared memory for 128 barriers, named by their number in what follows; once, before any use. zero: any integer.
+    """Shared memory for 96 barriers, named by their number in what follows, and above them for LETTERS letters; once,
+    before any use. zero: any integer.
 
     It lies before what Triton allocates, whose tiles must begin at multiples of 1 KiB: hence the size. Its address is a
     constant for the assembler: no register holds it.
@@ -309,6 +310,49 @@ def barrier_wait(number, phase):
         "{ .reg .pred p; .reg .b32 a; mov.u32 a, own_barriers; mad.lo.u32 a, $1, 8, a; "
         "WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [a], $2; @!p bra.uni WAIT; mov.u32 $0, 0; }",
         "=r,r,r", [number, phase], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# Tiles of a packed batch are as long as its sequences are, so programs draw theirs: each the next one as its last begins.
+# One warp draws and looks up the sequence, and tells the others by a letter. Letters are a ring without a barrier that
+# says which are read: who writes letter r has waited for the slots of q of tile r - 1, which a warpgroup gives back with
+# tile r - 1 - Q_STAGES; and that it had a letter of. So LETTERS must be more than Q_STAGES.
+LETTERS: gl.constexpr = gl.constexpr(8)
+
+
+@gluon.jit
+def draw(counter, condition):
+    """Draws the next number where ``condition``; for :func:`drawn`, which waits for it."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 $0, 0; mov.u32 t, %laneid; setp.ne.u32 p, $2, 0; "
+        "setp.eq.and.u32 p, t, 0, p; @p atom.relaxed.gpu.global.add.u32 $0, [$1], 1; }", "=&r,l,r",
+        [counter.to(gl.int64), condition.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def drawn(ticket):
+    """The number that the warp has drawn."""
+    return gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 0x1f, -1;", "=r,r", [ticket], dtype=gl.int32,
+                                     is_pure=False, pack=1)
+
+
+@gluon.jit
+def letter_write(letter, head, first, len_q, len_k, start_q):
+    """What a tile is, for :func:`letter_read`; first: below zero after the last one."""
+    gl.inline_asm_elementwise(
+        "{ .reg .b32 a; mov.u32 a, own_barriers; mad.lo.u32 a, $1, 32, a; "
+        "st.shared.v4.b32 [a + 768], {$3, $4, $5, $6}; st.shared.b32 [a + 784], $2; mov.u32 $0, 0; }",
+        "=r,r,r,r,r,r,r", [letter, head, first, len_q, len_k, start_q], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def letter_read(letter):
+    """(head, first, len_q, len_k, start_q) as they were written."""
+    first, len_q, len_k, start_q, head = gl.inline_asm_elementwise(
+        "{ .reg .b32 a; mov.u32 a, own_barriers; mad.lo.u32 a, $5, 32, a; "
+        "ld.volatile.shared.v4.b32 {$0, $1, $2, $3}, [a + 768]; ld.volatile.shared.b32 $4, [a + 784]; }",
+        "=&r,=&r,=&r,=&r,=&r,r", [letter], dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False,
+        pack=1)
+    return head, first, len_q, len_k, start_q
 
 
 @gluon.jit

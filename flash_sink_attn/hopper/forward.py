@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flash_sink_attn.hopper.common import (
     FAR_BELOW,
+    LETTERS,
     LN2,
     LOG2E,
     advance,
@@ -26,11 +27,15 @@ from flash_sink_attn.hopper.common import (
     barrier_init,
     barrier_wait,
     barriers_declare,
+    draw,
+    drawn,
     exponentials,
     follow,
     hide,
     hold_half,
     largest,
+    letter_read,
+    letter_write,
     load_block,
     place_of,
     quads,
@@ -54,8 +59,8 @@ def _keys(first, len_q, len_k, window, TOKENS: gl.constexpr, BLOCK_N: gl.constex
 
 
 @gluon.jit
-def _load(tensors, shape: gl.constexpr):
-    """The loader: one warp. It runs ahead of the warpgroups by what the rings hold, across tiles too."""
+def _load_tile(tensors, place, rings, turn, shape: gl.constexpr):
+    """Fills the slots for one tile; turn: tiles before it. Returns the slots that come next."""
     GROUP: gl.constexpr = shape[0]
     WARPGROUPS: gl.constexpr = shape[1]
     HEADS: gl.constexpr = shape[2]
@@ -68,63 +73,103 @@ def _load(tensors, shape: gl.constexpr):
     VARLEN: gl.constexpr = shape[10]
     WINDOW: gl.constexpr = shape[11]
     SPREAD: gl.constexpr = shape[12]
-    descs, work, smem, bars = tensors
+    descs, work, smem, bars, Counter = tensors
     q_desc, q2_desc, k_desc, k2_desc, v_desc = descs
     q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem = smem
     q_ready, k_ready, v_ready = bars
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, cu_q, cu_k = work
-    CHUNK: gl.constexpr = WARPGROUPS * HEADS if SPREAD else 1
+    b, head_kv, member0, first, len_q, len_k, start_q, start_k = place
+    slot, phase, q_slot, q_phase = rings
     Q_BYTES: gl.constexpr = q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if D2 else 0)
     K_BYTES: gl.constexpr = k_desc.block_type.nbytes + (k2_desc.block_type.nbytes if D2 else 0)
-    slot = 0
+    begin, blocks = _keys(first, len_q, len_k, window, TOKENS, BLOCK_N, WINDOW)
+    q_b, q_row = place_of(b, start_q, len_q, VARLEN)
+    k_b, k_row = place_of(b, start_k, len_k, VARLEN)
+    for i in range(HEADS):
+        for c in gl.static_range(WARPGROUPS):
+            token = q_row + first
+            member = member0
+            if SPREAD:
+                member += (c + turn) % WARPGROUPS + WARPGROUPS * i
+            else:
+                token += c * 64
+            at = c * Q_STAGES + q_slot
+            if member < GROUP:
+                head = head_kv * GROUP + member
+                barrier_wait(2 * STAGES + at, q_phase)
+                mbarrier.expect(q_ready.index(at), Q_BYTES)
+                load_block(q_desc, q_b, token, head, 0, q_ready.index(at), q_smem.index(at))
+                if D2:
+                    load_block(q2_desc, q_b, token, head, D, q_ready.index(at), q2_smem.index(at))
+            else:
+                barrier_wait(2 * STAGES + at, q_phase)
+                mbarrier.arrive(q_ready.index(at), count=1)
+        q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+        if i == 0:
+            # right to left: the masked blocks at the diagonal come first
+            key = k_row + begin + (blocks - 1) * BLOCK_N
+            for _ in range(blocks):
+                barrier_wait(slot, phase)
+                mbarrier.expect(k_ready.index(slot), K_BYTES)
+                load_block(k_desc, k_b, key, head_kv, 0, k_ready.index(slot), k_smem.index(slot))
+                if D2:
+                    load_block(k2_desc, k_b, key, head_kv, D, k_ready.index(slot), k2_smem.index(slot))
+                barrier_wait(STAGES + slot, phase)
+                mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
+                load_block(v_desc, k_b, key, head_kv, 0, v_ready.index(slot), v_smem.index(slot))
+                slot, phase = advance(slot, phase, STAGES)
+                key -= BLOCK_N
+    return slot, phase, q_slot, q_phase
+
+
+@gluon.jit
+def _load(tensors, shape: gl.constexpr):
+    """The loader: one warp. It runs ahead of the warpgroups by what the rings hold, across tiles too. In a packed batch
+    it draws the program's tiles, and a letter for each tells the warpgroups."""
+    GROUP: gl.constexpr = shape[0]
+    WARPGROUPS: gl.constexpr = shape[1]
+    HEADS: gl.constexpr = shape[2]
+    TOKENS: gl.constexpr = shape[3]
+    STAGES: gl.constexpr = shape[8]
+    Q_STAGES: gl.constexpr = shape[9]
+    VARLEN: gl.constexpr = shape[10]
+    SPREAD: gl.constexpr = shape[12]
+    descs, work, smem, bars, Counter = tensors
+    num_tiles = work[4]
+    CHUNK: gl.constexpr = WARPGROUPS * HEADS if SPREAD else 1
+    LETTER: gl.constexpr = 2 * STAGES + WARPGROUPS * Q_STAGES
     # A ring's first round finds its slots empty: waiting for the phase before the first one returns at once.
-    phase = 1
-    q_slot = 0
-    q_phase = 1
-    turn = 0
-    for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
-        tile = tile_of_round(round)
-        ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
-            tile, work, GROUP, CHUNK, TOKENS, VARLEN)
-        if ok:
-            begin, blocks = _keys(first, len_q, len_k, window, TOKENS, BLOCK_N, WINDOW)
-            q_b, q_row = place_of(b, start_q, len_q, VARLEN)
-            k_b, k_row = place_of(b, start_k, len_k, VARLEN)
-            for i in range(HEADS):
-                for c in gl.static_range(WARPGROUPS):
-                    token = q_row + first
-                    member = member0
-                    if SPREAD:
-                        member += (c + turn) % WARPGROUPS + WARPGROUPS * i
-                    else:
-                        token += c * 64
-                    at = c * Q_STAGES + q_slot
-                    if member < GROUP:
-                        head = head_kv * GROUP + member
-                        barrier_wait(2 * STAGES + at, q_phase)
-                        mbarrier.expect(q_ready.index(at), Q_BYTES)
-                        load_block(q_desc, q_b, token, head, 0, q_ready.index(at), q_smem.index(at))
-                        if D2:
-                            load_block(q2_desc, q_b, token, head, D, q_ready.index(at), q2_smem.index(at))
-                    else:
-                        barrier_wait(2 * STAGES + at, q_phase)
-                        mbarrier.arrive(q_ready.index(at), count=1)
-                q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-                if i == 0:
-                    # right to left: the masked blocks at the diagonal come first
-                    key = k_row + begin + (blocks - 1) * BLOCK_N
-                    for _ in range(blocks):
-                        barrier_wait(slot, phase)
-                        mbarrier.expect(k_ready.index(slot), K_BYTES)
-                        load_block(k_desc, k_b, key, head_kv, 0, k_ready.index(slot), k_smem.index(slot))
-                        if D2:
-                            load_block(k2_desc, k_b, key, head_kv, D, k_ready.index(slot), k2_smem.index(slot))
-                        barrier_wait(STAGES + slot, phase)
-                        mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
-                        load_block(v_desc, k_b, key, head_kv, 0, v_ready.index(slot), v_smem.index(slot))
-                        slot, phase = advance(slot, phase, STAGES)
-                        key -= BLOCK_N
-            turn += 1
+    rings = (gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(0), gl.to_tensor(1))
+    turn = gl.to_tensor(0)
+    if VARLEN:
+        # where all tiles are in the first round nobody has set the counter to zero
+        more = gl.num_programs(0) < num_tiles
+        tile = gl.program_id(0)
+        while tile < num_tiles:
+            ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
+                tile, work, GROUP, CHUNK, TOKENS, VARLEN)
+            if Counter is not None:
+                # before the tile, which hides how long it takes
+                ticket = draw(Counter, more)
+            if ok:
+                letter_write(turn % LETTERS, head_kv * GROUP + member0, first, len_q, len_k, start_q)
+                barrier_arrive(LETTER + turn % LETTERS, True)
+                rings = _load_tile(tensors, (b, head_kv, member0, first, len_q, len_k, start_q, start_k), rings, turn,
+                                   shape)
+                turn += 1
+            tile = num_tiles
+            if Counter is not None:
+                tile = gl.where(more, gl.num_programs(0) + drawn(ticket), num_tiles)
+        letter_write(turn % LETTERS, 0, -1, 0, 0, 0)
+        barrier_arrive(LETTER + turn % LETTERS, True)
+    else:
+        for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
+            ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
+                tile_of_round(round), work, GROUP, CHUNK, TOKENS, VARLEN)
+            if ok:
+                rings = _load_tile(tensors, (b, head_kv, member0, first, len_q, len_k, start_q, start_k), rings, turn,
+                                   shape)
+                turn += 1
 
 
 @gluon.jit
@@ -171,8 +216,9 @@ def _step(acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, bef
 
 
 @gluon.jit
-def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
-    """Warpgroup number INDEX: 64 query rows of one head at a time."""
+def _compute_tile(tensors, place, rings, turn, round, INDEX: gl.constexpr, shape: gl.constexpr):
+    """One tile, as tile ``turn`` of the program. Returns the slots that come next and, where it is found meanwhile, the
+    place after this one."""
     GROUP: gl.constexpr = shape[0]
     WARPGROUPS: gl.constexpr = shape[1]
     HEADS: gl.constexpr = shape[2]
@@ -198,193 +244,216 @@ def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    CHUNK: gl.constexpr = WARPGROUPS * HEADS if SPREAD else 1
     # Where the window's edge and the diagonal can meet in one block (WINDOW == 2), masked blocks get both comparisons.
     BOTH: gl.constexpr = WINDOW == 2 or (WINDOW and not SPLIT_LOOPS)
     EDGE_CAUSAL: gl.constexpr = WINDOW == 2
     # Where every warpgroup has rows in every tile, it finds the next tile while the tensor cores end this one.
     AHEAD: gl.constexpr = not SPREAD
     row = gl.arange(0, 64, layout=ROW_LAYOUT)
-    slot = 0
-    phase = 0
-    q_slot = 0
-    q_phase = 0
-    turn = 0
-    ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
-        tile_of_round(0), work, GROUP, CHUNK, TOKENS, VARLEN)
-    for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
-        if not AHEAD:
-            ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
-                tile_of_round(round), work, GROUP, CHUNK, TOKENS, VARLEN)
-        there = ok
-        if ok:
-            n_ok, n_b, n_head_kv, n_member0, n_first, n_len_q, n_len_k, n_start_q, n_start_k = (
-                ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k)
-            begin, blocks = _keys(first, len_q, len_k, window, TOKENS, BLOCK_N, WINDOW)
-            if not SPREAD:
-                first += INDEX * 64
-            # positions in key coordinates (bottom-right aligned) of the first and the last row
-            earliest = first + len_k - len_q
-            latest = earliest + 63
-            reach = reaches(earliest, quads(gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)))
-            rightmost = begin + (blocks - 1) * BLOCK_N
-            # Blocks count from the right. [skip, diagonal) lie on the diagonal, [diagonal, edge) are free of masks,
-            # [edge, stop) lie on the window's edge; all rows are blind to what is before skip and from stop on.
-            skip = gl.minimum(gl.cdiv(gl.maximum(rightmost - latest, 0), BLOCK_N), blocks - 1)
-            stop = blocks
-            if WINDOW:
-                stop = gl.minimum(gl.maximum(rightmost + BLOCK_N - 2 - earliest + window, 0) // BLOCK_N + 1, blocks)
-                stop = gl.maximum(stop, skip + 1)
-            diagonal = stop
-            edge = stop
+    ok, b, head_kv, member0, first, len_q, len_k, start_q = place
+    slot, phase, q_slot, q_phase = rings
+    following = place
+    begin, blocks = _keys(first, len_q, len_k, window, TOKENS, BLOCK_N, WINDOW)
+    if not SPREAD:
+        first += INDEX * 64
+    # positions in key coordinates (bottom-right aligned) of the first and the last row
+    earliest = first + len_k - len_q
+    latest = earliest + 63
+    reach = reaches(earliest, quads(gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)))
+    rightmost = begin + (blocks - 1) * BLOCK_N
+    # Blocks count from the right. [skip, diagonal) lie on the diagonal, [diagonal, edge) are free of masks,
+    # [edge, stop) lie on the window's edge; all rows are blind to what is before skip and from stop on.
+    skip = gl.minimum(gl.cdiv(gl.maximum(rightmost - latest, 0), BLOCK_N), blocks - 1)
+    stop = blocks
+    if WINDOW:
+        stop = gl.minimum(gl.maximum(rightmost + BLOCK_N - 2 - earliest + window, 0) // BLOCK_N + 1, blocks)
+        stop = gl.maximum(stop, skip + 1)
+    diagonal = stop
+    edge = stop
+    if SPLIT_LOOPS:
+        diagonal = gl.cdiv(gl.maximum(rightmost + BLOCK_N - 1 - earliest, 0), BLOCK_N)
+        diagonal = gl.minimum(gl.maximum(diagonal, skip + 1), stop)
+        if WINDOW:
+            edge = gl.cdiv(gl.maximum(rightmost - latest + window, 0), BLOCK_N)
+            edge = gl.minimum(gl.maximum(edge, diagonal), stop)
+    tile_slot = slot
+    tile_phase = phase
+    for i in range(HEADS):
+        member = member0
+        last = True
+        if SPREAD:
+            member += (INDEX + turn) % WARPGROUPS + WARPGROUPS * i
+            # the slots of K and V go back with the last head that this warpgroup has in the tile
+            last = (i == HEADS - 1) | (member + WARPGROUPS >= GROUP)
+        at = INDEX * Q_STAGES + q_slot
+        if member < GROUP:
+            slot = tile_slot
+            phase = tile_phase
+            for _ in range(skip):
+                # not to be handed back before they were filled: an arrival would count for the round before
+                mbarrier.wait(k_ready.index(slot), phase)
+                barrier_arrive(slot, last)
+                mbarrier.wait(v_ready.index(slot), phase)
+                barrier_arrive(STAGES + slot, last)
+                slot, phase = advance(slot, phase, STAGES)
+            q = q_smem.index(at).reshape([64, D])
+            q2 = q
+            if D2:
+                q2 = q2_smem.index(at).reshape([64, D2])
+            acc = gl.zeros([64, DV], gl.float32, O_LAYOUT)
+            key = rightmost - skip * BLOCK_N
+            mbarrier.wait(q_ready.index(at), q_phase)
+            mbarrier.wait(k_ready.index(slot), phase)
+            s = _scores(q, q2, k_smem, k2_smem, slot, BLOCK_N, D, D2, S_LAYOUT)
+            s = warpgroup_mma_wait(0, deps=[s])
+            barrier_arrive(slot, last)
+            s = hide(s, reach, key, window, True, BOTH)
+            m = largest(quads(s))
+            m = gl.maximum(gl.max(m, axis=1) * scale_log2, FAR_BELOW)
+            m = gl.expand_dims(m, 1) + gl.zeros_like(largest(quads(s)))
+            p, l = exponentials(s, m, gl.zeros_like(m), scale_log2)
+            p16 = hold_half(gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT))
+            before = slot
+            before_phase = phase
+            slot, phase = advance(slot, phase, STAGES)
+            mbarrier.wait(k_ready.index(slot), phase, pred=skip + 1 < stop)
+            for n in range(skip + 1, diagonal):
+                key -= BLOCK_N
+                acc, m, l, p16, before, before_phase, slot, phase = _step(
+                    acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase,
+                    reach, key, window, scale_log2, n + 1 < stop, last, True, BOTH, BLOCK_N, D, D2, DV,
+                    STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT)
             if SPLIT_LOOPS:
-                diagonal = gl.cdiv(gl.maximum(rightmost + BLOCK_N - 1 - earliest, 0), BLOCK_N)
-                diagonal = gl.minimum(gl.maximum(diagonal, skip + 1), stop)
+                for n in range(diagonal, edge):
+                    key -= BLOCK_N
+                    acc, m, l, p16, before, before_phase, slot, phase = _step(
+                        acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase,
+                        reach, key, window, scale_log2, n + 1 < stop, last, False, False, BLOCK_N, D, D2, DV,
+                        STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT)
                 if WINDOW:
-                    edge = gl.cdiv(gl.maximum(rightmost - latest + window, 0), BLOCK_N)
-                    edge = gl.minimum(gl.maximum(edge, diagonal), stop)
-            tile_slot = slot
-            tile_phase = phase
-            for i in range(HEADS):
-                member = member0
-                last = True
-                if SPREAD:
-                    member += (INDEX + turn) % WARPGROUPS + WARPGROUPS * i
-                    # the slots of K and V go back with the last head that this warpgroup has in the tile
-                    last = (i == HEADS - 1) | (member + WARPGROUPS >= GROUP)
-                at = INDEX * Q_STAGES + q_slot
-                if member < GROUP:
-                    slot = tile_slot
-                    phase = tile_phase
-                    for _ in range(skip):
-                        # not to be handed back before they were filled: an arrival would count for the round before
-                        mbarrier.wait(k_ready.index(slot), phase)
-                        barrier_arrive(slot, last)
-                        mbarrier.wait(v_ready.index(slot), phase)
-                        barrier_arrive(STAGES + slot, last)
-                        slot, phase = advance(slot, phase, STAGES)
-                    q = q_smem.index(at).reshape([64, D])
-                    q2 = q
-                    if D2:
-                        q2 = q2_smem.index(at).reshape([64, D2])
-                    acc = gl.zeros([64, DV], gl.float32, O_LAYOUT)
-                    key = rightmost - skip * BLOCK_N
-                    mbarrier.wait(q_ready.index(at), q_phase)
-                    mbarrier.wait(k_ready.index(slot), phase)
-                    s = _scores(q, q2, k_smem, k2_smem, slot, BLOCK_N, D, D2, S_LAYOUT)
-                    s = warpgroup_mma_wait(0, deps=[s])
-                    barrier_arrive(slot, last)
-                    s = hide(s, reach, key, window, True, BOTH)
-                    m = largest(quads(s))
-                    m = gl.maximum(gl.max(m, axis=1) * scale_log2, FAR_BELOW)
-                    m = gl.expand_dims(m, 1) + gl.zeros_like(largest(quads(s)))
-                    p, l = exponentials(s, m, gl.zeros_like(m), scale_log2)
-                    p16 = hold_half(gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT))
-                    before = slot
-                    before_phase = phase
-                    slot, phase = advance(slot, phase, STAGES)
-                    mbarrier.wait(k_ready.index(slot), phase, pred=skip + 1 < stop)
-                    for n in range(skip + 1, diagonal):
+                    for n in range(edge, stop):
                         key -= BLOCK_N
                         acc, m, l, p16, before, before_phase, slot, phase = _step(
-                            acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase,
-                            reach, key, window, scale_log2, n + 1 < stop, last, True, BOTH, BLOCK_N, D, D2, DV,
-                            STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT)
-                    if SPLIT_LOOPS:
-                        for n in range(diagonal, edge):
-                            key -= BLOCK_N
-                            acc, m, l, p16, before, before_phase, slot, phase = _step(
-                                acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase,
-                                reach, key, window, scale_log2, n + 1 < stop, last, False, False, BLOCK_N, D, D2, DV,
-                                STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT)
-                        if WINDOW:
-                            for n in range(edge, stop):
-                                key -= BLOCK_N
-                                acc, m, l, p16, before, before_phase, slot, phase = _step(
-                                    acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before,
-                                    before_phase, reach, key, window, scale_log2, n + 1 < stop, last, EDGE_CAUSAL,
-                                    True, BLOCK_N, D, D2, DV, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT)
-                    # All of Q's readers are done. Its slot goes back now, unless the output is to pass through it.
-                    if not SHARE_Q:
-                        barrier_arrive(2 * STAGES + at, True)
-                    mbarrier.wait(v_ready.index(before), before_phase)
-                    acc = warpgroup_mma(p16, v_smem.index(before).reshape([BLOCK_N, DV]), acc, is_async=True)
-                    head_q = head_kv * GROUP + member
-                    m = gl.convert_layout(gl.max(m, axis=1), ROW_LAYOUT)
-                    l = gl.convert_layout(gl.sum(l, axis=1), ROW_LAYOUT)
-                    # The sink enters here and not as the initial maximum: one far above the logits would flush P to
-                    # zero in half precision.
-                    beta = gl.full([64], 1.0, gl.float32, ROW_LAYOUT)
-                    if Sinks is not None:
-                        sink = gl.load(Sinks + head_q).to(gl.float32) * LOG2E
-                        m_new = gl.maximum(m, sink)
-                        beta = gl.exp2(m - m_new)
-                        l = l * beta + gl.exp2(sink - m_new)
-                        m = m_new
-                    # A row without a visible key and without a sink has l == 0: o = 0, lse = -inf.
-                    factor = beta / gl.where(l == 0.0, 1.0, l)
-                    lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) * LN2)
-                    token = first + row
-                    if VARLEN:
-                        lse_at = Lse + head_q * seqlen_q.to(gl.int64) + start_q + token
-                    else:
-                        lse_at = Lse + (b * (heads_kv * GROUP) + head_q).to(gl.int64) * seqlen_q + token
-                    gl.store(lse_at, lse, mask=token < len_q)
-                    if AHEAD:
-                        n_ok, n_b, n_head_kv, n_member0, n_first, n_len_q, n_len_k, n_start_q, n_start_k = tile_of(
-                            tile_of_round(round + 1), work, GROUP, CHUNK, TOKENS, VARLEN)
-                    acc = warpgroup_mma_wait(0, deps=[acc])
-                    hold_half(p16)
-                    barrier_arrive(STAGES + before, last)
-                    for _ in range(stop, blocks):
-                        mbarrier.wait(k_ready.index(slot), phase)
-                        barrier_arrive(slot, last)
-                        mbarrier.wait(v_ready.index(slot), phase)
-                        barrier_arrive(STAGES + slot, last)
-                        slot, phase = advance(slot, phase, STAGES)
-                    o = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT)), 1)
-                    o = o.to(v_smem.dtype)
-                    if SHARE_Q:
-                        out_smem = q_smem.index(at)
-                    else:
-                        out_smem = o_smem.index(INDEX)
-                        tma.store_wait(0)
-                    out_smem.reshape([64, DV]).store(o)
-                    fence_async_shared()
-                    o_b, o_row = place_of(b, start_q, len_q, VARLEN)
-                    store_block(o_desc, o_b, o_row + first, head_q, 0, out_smem)
-                    if SHARE_Q:
-                        tma.store_wait(0)
-                        barrier_arrive(2 * STAGES + at, True)
-                else:
-                    # no such head: its slot is passed on, so that loader and warpgroup count alike
-                    mbarrier.wait(q_ready.index(at), q_phase)
-                    barrier_arrive(2 * STAGES + at, True)
-                    if i == 0:
-                        # no head of this tile is this warpgroup's, but the slots wait for it all the same
-                        for _ in range(blocks):
-                            mbarrier.wait(k_ready.index(slot), phase)
-                            barrier_arrive(slot, True)
-                            mbarrier.wait(v_ready.index(slot), phase)
-                            barrier_arrive(STAGES + slot, True)
-                            slot, phase = advance(slot, phase, STAGES)
-                q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-            turn += 1
+                            acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before,
+                            before_phase, reach, key, window, scale_log2, n + 1 < stop, last, EDGE_CAUSAL,
+                            True, BLOCK_N, D, D2, DV, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT)
+            # All of Q's readers are done. Its slot goes back now, unless the output is to pass through it.
+            if not SHARE_Q:
+                barrier_arrive(2 * STAGES + at, True)
+            mbarrier.wait(v_ready.index(before), before_phase)
+            acc = warpgroup_mma(p16, v_smem.index(before).reshape([BLOCK_N, DV]), acc, is_async=True)
+            head_q = head_kv * GROUP + member
+            m = gl.convert_layout(gl.max(m, axis=1), ROW_LAYOUT)
+            l = gl.convert_layout(gl.sum(l, axis=1), ROW_LAYOUT)
+            # The sink enters here and not as the initial maximum: one far above the logits would flush P to
+            # zero in half precision.
+            beta = gl.full([64], 1.0, gl.float32, ROW_LAYOUT)
+            if Sinks is not None:
+                sink = gl.load(Sinks + head_q).to(gl.float32) * LOG2E
+                m_new = gl.maximum(m, sink)
+                beta = gl.exp2(m - m_new)
+                l = l * beta + gl.exp2(sink - m_new)
+                m = m_new
+            # A row without a visible key and without a sink has l == 0: o = 0, lse = -inf.
+            factor = beta / gl.where(l == 0.0, 1.0, l)
+            lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) * LN2)
+            token = first + row
+            if VARLEN:
+                lse_at = Lse + head_q * seqlen_q.to(gl.int64) + start_q + token
+            else:
+                lse_at = Lse + (b * (heads_kv * GROUP) + head_q).to(gl.int64) * seqlen_q + token
+            gl.store(lse_at, lse, mask=token < len_q)
             if AHEAD:
-                ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = (
-                    n_ok, n_b, n_head_kv, n_member0, n_first, n_len_q, n_len_k, n_start_q, n_start_k)
-        if AHEAD and VARLEN:
-            if not there:
-                # (some tiles of a packed batch are none, and others come after them)
-                ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
-                    tile_of_round(round + 1), work, GROUP, CHUNK, TOKENS, VARLEN)
+                following = _place(turn + 1, round + 1, work, shape)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            hold_half(p16)
+            barrier_arrive(STAGES + before, last)
+            for _ in range(stop, blocks):
+                mbarrier.wait(k_ready.index(slot), phase)
+                barrier_arrive(slot, last)
+                mbarrier.wait(v_ready.index(slot), phase)
+                barrier_arrive(STAGES + slot, last)
+                slot, phase = advance(slot, phase, STAGES)
+            o = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT)), 1)
+            o = o.to(v_smem.dtype)
+            if SHARE_Q:
+                out_smem = q_smem.index(at)
+            else:
+                out_smem = o_smem.index(INDEX)
+                tma.store_wait(0)
+            out_smem.reshape([64, DV]).store(o)
+            fence_async_shared()
+            o_b, o_row = place_of(b, start_q, len_q, VARLEN)
+            store_block(o_desc, o_b, o_row + first, head_q, 0, out_smem)
+            if SHARE_Q:
+                tma.store_wait(0)
+                barrier_arrive(2 * STAGES + at, True)
+        else:
+            # no such head: its slot is passed on, so that loader and warpgroup count alike
+            mbarrier.wait(q_ready.index(at), q_phase)
+            barrier_arrive(2 * STAGES + at, True)
+            if i == 0:
+                # no head of this tile is this warpgroup's, but the slots wait for it all the same
+                for _ in range(blocks):
+                    mbarrier.wait(k_ready.index(slot), phase)
+                    barrier_arrive(slot, True)
+                    mbarrier.wait(v_ready.index(slot), phase)
+                    barrier_arrive(STAGES + slot, True)
+                    slot, phase = advance(slot, phase, STAGES)
+        q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+    return (slot, phase, q_slot, q_phase), following
+
+
+@gluon.jit
+def _place(turn, round, work, shape: gl.constexpr):
+    """Tile ``turn`` of a packed batch's program, or the one of ``round``: (whether there is one, sequence, key head, first
+    member of its group, first token, lengths, where the queries begin)."""
+    GROUP: gl.constexpr = shape[0]
+    WARPGROUPS: gl.constexpr = shape[1]
+    HEADS: gl.constexpr = shape[2]
+    STAGES: gl.constexpr = shape[8]
+    Q_STAGES: gl.constexpr = shape[9]
+    if shape[10]:
+        LETTER: gl.constexpr = 2 * STAGES + WARPGROUPS * Q_STAGES
+        barrier_wait(LETTER + turn % LETTERS, turn // LETTERS & 1)
+        head, first, len_q, len_k, start_q = letter_read(turn % LETTERS)
+        return first >= 0, gl.to_tensor(0), head // GROUP, head % GROUP, first, len_q, len_k, start_q
+    else:
+        CHUNK: gl.constexpr = WARPGROUPS * HEADS if shape[12] else 1
+        ok, b, head_kv, member0, first, len_q, len_k, start_q, start_k = tile_of(
+            tile_of_round(round), work, GROUP, CHUNK, shape[3], False)
+        return ok, b, head_kv, member0, first, len_q, len_k, start_q
+
+
+@gluon.jit
+def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
+    """Warpgroup number INDEX: 64 query rows of one head at a time."""
+    work = tensors[2]
+    # Where every warpgroup has rows in every tile, it finds the next tile while the tensor cores end this one.
+    AHEAD: gl.constexpr = not shape[12]
+    rings = (gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0))
+    turn = gl.to_tensor(0)
+    place = _place(0, 0, work, shape)
+    if shape[10]:
+        while place[0]:
+            rings, place = _compute_tile(tensors, place, rings, turn, 0, INDEX, shape)
+            turn += 1
+            if not AHEAD:
+                place = _place(turn, 0, work, shape)
+    else:
+        for round in range(gl.cdiv(work[4], gl.num_programs(0))):
+            if not AHEAD:
+                place = _place(0, round, work, shape)
+            if place[0]:
+                rings, place = _compute_tile(tensors, place, rings, turn, round, INDEX, shape)
+                turn += 1
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "num_tiles", "tiles_per_unit", "section",
                               "window"])
 def hopper_fwd_kernel(
-    q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc, Sinks, Lse, CuSeqlensQ, CuSeqlensK,
+    q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc, Sinks, Lse, CuSeqlensQ, CuSeqlensK, Counter,
     batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, DV: gl.constexpr,
     WARPGROUPS: gl.constexpr, HEADS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -428,6 +497,9 @@ def hopper_fwd_kernel(
         mbarrier.init(v_ready.index(i), count=1)
         barrier_init(i, 4 * WARPGROUPS)
         barrier_init(STAGES + i, 4 * WARPGROUPS)
+    if VARLEN:
+        for i in gl.static_range(LETTERS):
+            barrier_init(2 * STAGES + WARPGROUPS * Q_STAGES + i, 1)
     fence_async_shared()
     smem = (q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem)
     bars = (q_ready, k_ready, v_ready)
@@ -437,7 +509,7 @@ def hopper_fwd_kernel(
                            WINDOW, SPREAD, SPLIT_LOOPS, SHARE_Q)
     descs = (q_desc, q2_desc, k_desc, k2_desc, v_desc)
     results = (Sinks, Lse, scale_log2)
-    load = (descs, work, smem, bars)
+    load = (descs, work, smem, bars, Counter)
     compute = (o_desc, results, work, smem, bars)
     if WARPGROUPS == 1:
         gl.warp_specialize([(_compute, (compute, 0, shape)), (_load, (load, shape))], [1], [LOADER_REGISTERS])

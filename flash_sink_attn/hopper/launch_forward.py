@@ -13,7 +13,7 @@ from flash_sink_attn.hopper.alone import hopper_alone_kernel
 from flash_sink_attn.hopper.descriptors import describe, padded
 from flash_sink_attn.hopper.forward import hopper_fwd_kernel
 from flash_sink_attn.hopper.window import hopper_window_kernel
-from flash_sink_attn.launcher import launch
+from flash_sink_attn.launcher import launch, workspace
 from flash_sink_attn.layout import LOG2E, Sequences
 from flash_sink_attn.validity import split_head_dim
 
@@ -49,10 +49,14 @@ def forward(
             "GROUP": group, "D": first, "VARLEN": sequences.varlen,
             "WINDOW": _window_mode(window, 64), "SPLIT_LOOPS": c.SPLIT_LOOPS,
         }, num_warps=4, maxnreg=c.registers_per_thread)
+    counter = None
+    if sequences.varlen and c.PROGRAMS_PER_SM:
+        # whose tiles are all in the first round, draw none
+        counter = workspace((1,), torch.int32, q.device, zero=programs < tiles * units)
     return launch(hopper_fwd_kernel, programs, q.device, [
         q_desc, describe(q, 64, second) if second else q_desc, k_desc,
         describe(k, c.BLOCK_N, second) if second else k_desc, describe(v, c.BLOCK_N, width_v), describe(o, 64, width_v),
-        sinks, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.batch, sequences.seqlen_q,
+        sinks, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, counter, sequences.batch, sequences.seqlen_q,
         sequences.seqlen_k, heads_kv, tiles * units, tiles, section, window or 0, scale * LOG2E,
     ], {
         "GROUP": group, "D": first, "D2": second, "DV": width_v, "WARPGROUPS": c.warpgroups,
