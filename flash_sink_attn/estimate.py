@@ -96,20 +96,20 @@ _EVEN_ROUNDS = 3  # with more of them programs no longer end together
 _SLIDE_STEP, _SLIDE_LAUNCHES = 2.4, 20.0
 # Adding in one order takes the sum of the first two times as long with up to 2048 tokens; the second shrinks with more.
 # Under a window of 4096 it takes the sum of the first and the third times as long, under shorter ones less.
-_ORDER = {64: (1.05, 0.08, 0.25), 128: (1.06, 0.17, 0.14)}
+_ORDER = {64: (1.05, 0.08, 0.08), 128: (1.06, 0.17, 0.14)}
 # For each part beyond the fourth, which are added one after the other: 30/3 x 128, 1350 tokens, ten parts took 0.152 ms
 # for 0.123 without this.
 _MORE_PARTS = 1.7
 # Rounds of programs that are gone through one by one. With more of them the card is full until a share of the longest
 # program's time before the end, in the mean.
 _ROUNDS_WALKED, _LAST_WAIT = 12, 0.37
-# Shares are put into so many equal sections where that ends sooner than sections of as many as run at once do. But what
-# walks in lock step reads and adds to the same tiles, and the more go together the less of these is still in L2: each
-# doubling costs such a share of the time, little under a window, where walks go head by head.
+# Shares are put into so many equal sections where that ends sooner than sections of as many as run at once do. But
+# those walk in lock step, and read and add to the same tiles; more at once are apart, and what q, do and dQ of theirs
+# exceed L2 by, in megabytes, costs such a share of the time, up to a limit. Under a window walks are apart anyway, and
+# each doubling costs a little.
 _EQUAL_SECTIONS = (4, 3, 2, 1)
-_DOUBLING, _DOUBLING_UNDER_WINDOW = 0.04, 0.01
-_DOUBLING_IN_ORDER = 0.0  # in one order fewer tiles of a head, of which each waits for its neighbour, run at once
-_EVEN = 1.02  # where the last program ends so soon after the mean, other sections are not thought of
+_L2_MB, _BEYOND_L2, _BEYOND_L2_MOST, _DOUBLING_UNDER_WINDOW = 50, 0.0008, 1.2, 0.01
+_WORTH = 1.025  # other sections are not thought of where they gain less
 # What a tile of a forward costs besides the keys it multiplies, in keys; anything from 100 to 200 does.
 _TILE_KEYS = 128
 
@@ -176,12 +176,6 @@ def microseconds(key: ShapeKey, kind: Kind, ordered: bool = False, section: int 
     return _adding(key, kind.shares, ordered, section)
 
 
-def steps_to_begin(head_dim: int) -> float:
-    """What a program that adds dQ up costs besides the steps it goes through; above 128, where it was not measured, as
-    much as at 128."""
-    return _ADDING[min(128, hopper_bwd_width(head_dim))].begin
-
-
 def group_of(key: ShapeKey) -> int:
     """Query heads of a key head."""
     return key.heads_q // key.heads_kv
@@ -207,7 +201,7 @@ def _adding(key: ShapeKey, shares: int, ordered: bool, section: int | None) -> f
     cost = _ADDING[width]
     step = cost.step * (1.0 if key.window is None else cost.window)
     parts = _shared_parts(key, shares, cost.part)
-    steps = _steps(key, shares, cost.begin, ordered, section)
+    steps = _steps(key, shares, ordered, section)
     time = cost.launches + step * steps + cost.element * _millions(key, key.heads_q) + parts
     if not ordered:
         return time
@@ -216,13 +210,12 @@ def _adding(key: ShapeKey, shares: int, ordered: bool, section: int | None) -> f
                             else window * min(key.window, key.seqlen_k) / 4096))
 
 
-def _steps(key: ShapeKey, shares: int, begin: float, ordered: bool = False, section: int | None = None) -> float:
+def _steps(key: ShapeKey, shares: int, ordered: bool = False, section: int | None = None) -> float:
     """Steps of the form that adds up, in sections of so many shares, by default of as many as a launch has."""
+    shape = (key.seqlen_q, key.seqlen_k, key.window, key.head_dim, group_of(key), _units(key), shares)
     if section is None and not key.varlen:
-        return shares_in_section(key.seqlen_q, key.seqlen_k, key.window, _KEYS, group_of(key), _units(key), shares,
-                                 begin, ordered, PROGRAMS_AT_ONCE).steps
-    programs = _Programs.of(key.seqlen_q, key.seqlen_k, key.window, _KEYS, group_of(key), _units(key), shares, begin,
-                            PROGRAMS_AT_ONCE)
+        return shares_in_section(*shape, ordered=ordered).steps
+    programs = _Programs.of(*shape, _KEYS, PROGRAMS_AT_ONCE)
     return programs.steps(section or programs.section_at_once)
 
 
@@ -240,8 +233,8 @@ class Section(NamedTuple):
 
 @functools.lru_cache(4096)
 def shares_in_section(
-    seqlen_q: int, seqlen_k: int, window: int | None, block_n: int, group: int, units: int, shares: int, begin: float,
-    ordered: bool, programs: int,
+    seqlen_q: int, seqlen_k: int, window: int | None, head_dim: int, group: int, units: int, shares: int,
+    block_n: int = _KEYS, programs: int = PROGRAMS_AT_ONCE, ordered: bool = False,
 ) -> Section:
     """The section that a backward of one length which adds dQ up is launched with, and what it takes.
 
@@ -255,32 +248,34 @@ def shares_in_section(
     neighbour, run at once: 64/8 x 64, 8192 tokens, window 4096, 0.80 with 8 for 2.
 
     Args:
-        block_n: keys of a tile.
         group: query heads of a key head.
         units: (batch, key head) pairs.
         shares: programs that share a group at the same keys.
-        begin: steps that a program costs besides those it goes through.
-        ordered: whether dQ is added up in one order.
+        block_n: keys of a tile.
         programs: that run at once.
+        ordered: whether dQ is added up in one order.
     """
-    of = _Programs.of(seqlen_q, seqlen_k, window, block_n, group, units, shares, begin, programs)
+    of = _Programs.of(seqlen_q, seqlen_k, window, head_dim, group, units, shares, block_n, programs)
     base, falling = of.section_at_once, ordered and window is None
-    doubling = _DOUBLING_IN_ORDER if ordered else _DOUBLING if window is None else _DOUBLING_UNDER_WINDOW
     if not of.walked:
         return Section(base, of.steps(base))
     if ordered and window is not None:
         return Section(max(base, of.all_shares), of.steps(max(base, of.all_shares)))
 
     def cost(section: int) -> float:
-        return 1 + doubling * math.log2(section / base)
+        if section == base or window is not None:
+            return 1 + _DOUBLING_UNDER_WINDOW * math.log2(section / base)
+        return min(_BEYOND_L2_MOST, 1 + _BEYOND_L2 * max(0.0, of.megabytes * section - _L2_MB))
 
-    best, least = base, of.steps(base, falling)
-    if least > _EVEN * of.mean:
+    most = of.steps(base, falling)
+    # in one order fewer tiles of a head, which wait for one another, are at once the better: as good is good enough
+    best, least = base, most if falling else most / _WORTH
+    if most > _WORTH * of.mean:
         for section in sorted({-(-of.all_shares // sections) for sections in _EQUAL_SECTIONS}):
             # no section takes less than the mean program, so most need not be gone through
             if section > base and of.mean * cost(section) < least:
                 steps = of.steps(section, falling) * cost(section)
-                if steps <= least:
+                if steps < least or falling and steps == least:
                     best, least = section, steps
     return Section(best, of.steps(best) * cost(best))
 
@@ -295,7 +290,9 @@ class _Programs(NamedTuple):
         seen: of each tile of keys: tiles of a head's queries that see some of it.
         heads: of each share of a group.
         all_shares: of all (batch, key head) pairs.
-        begin, at_once: see :func:`shares_in_section`.
+        begin: steps that a program costs besides those it goes through.
+        at_once: programs that run at once.
+        megabytes: of q, do and dQ of a share.
     """
 
     seen: tuple[int, ...]
@@ -303,10 +300,11 @@ class _Programs(NamedTuple):
     all_shares: int
     begin: float
     at_once: int
+    megabytes: float
 
     @classmethod
-    def of(cls, seqlen_q: int, seqlen_k: int, window: int | None, block_n: int, group: int, units: int, shares: int,
-           begin: float, at_once: int) -> _Programs:
+    def of(cls, seqlen_q: int, seqlen_k: int, window: int | None, head_dim: int, group: int, units: int, shares: int,
+           block_n: int, at_once: int) -> _Programs:
         """As :func:`shares_in_section` has them."""
         offset, most = seqlen_k - seqlen_q, -(-group // shares)
         seen = []
@@ -316,7 +314,9 @@ class _Programs(NamedTuple):
                 stop = min(stop, max(0, first + block_n - 1 + window - offset))
             seen.append(max(0, -(-stop // 64) - max(0, first - offset) // 64))
         heads = tuple(min(most, group - share * most) for share in range(shares))
-        return cls(tuple(seen), heads, units * shares, begin, at_once)
+        # above 128, which was not fitted, a program begins as at 128
+        width, begin = hopper_bwd_width(head_dim), _ADDING[min(128, hopper_bwd_width(head_dim))].begin
+        return cls(tuple(seen), heads, units * shares, begin, at_once, most * seqlen_q * width * 8 / 1e6)
 
     @property
     def section_at_once(self) -> int:
@@ -335,8 +335,8 @@ class _Programs(NamedTuple):
         return self.all_shares // len(self.heads) * each / self.at_once
 
     def steps(self, section: int, falling: bool = False) -> float:
-        """Until the last program has ended. falling: the last keys first in every other section, as where dQ is added in
-        one order without a window."""
+        """Until the last program has ended. falling: the last keys first in every other section, as where dQ is added
+        in one order without a window."""
         if not self.walked:
             return self.mean + _LAST_WAIT * (max(self.seen) * max(self.heads) + self.begin)
         ends, take = [0.0] * self.at_once, heapq.heapreplace  # who is free first takes the next program

@@ -105,8 +105,9 @@ def loads_itself(key: ShapeKey) -> bool:
     but 1.04 with 448 tiles of 64 rows and a window of 128; causal 0.93 to 0.99 with 512 to 1152 tiles of up to 2222
     tokens, but for 1.03 and 1.04 with 528 and 1056 of 1350; 1.13 and 1.06 with 320 and 448, 1.01 and 1.04 with 1536 and
     2048, 1.11 with 816 of 4300 tokens. At head dim 64 causal 0.85 to 0.97 with 432 to 1600 tiles of up to 2222 tokens,
-    1.04 and 1.06 with 2048 and 2560, 1.09 and more of 3900 tokens and more. Of a packed batch, whose tiles it has to
-    find twice, 1.04 to 1.21.
+    1.04 and 1.06 with 2048 and 2560, 1.09 and more of 3900 tokens and more. At head dim 128 without groups, where no
+    other head reads the same keys, 1.14, 1.11, 1.03 and 1.01 with 460 to 700 tiles of 1450 to 1750 tokens. Of a packed
+    batch, whose tiles it has to find twice, 1.04 to 1.21.
     """
     tiles, dims = _row_tiles(key), (key.head_dim, key.head_dim_v)
     if key.varlen or dims not in ((64, 64), (128, 128)):
@@ -114,7 +115,7 @@ def loads_itself(key: ShapeKey) -> bool:
     if short_window(key):
         return dims == (128, 128) and tiles > 3 * PROGRAMS_AT_ONCE
     few, many = (3, 13) if dims == (64, 64) else (_FEW_ROW_TILES, 9.5)
-    short = not hides_keys(key) and key.seqlen_k <= _FEW_KEYS
+    short = not hides_keys(key) and key.seqlen_k <= _FEW_KEYS and (dims == (64, 64) or group_of(key) > 1)
     return short and few * PROGRAMS_AT_ONCE < tiles <= many * PROGRAMS_AT_ONCE
 
 

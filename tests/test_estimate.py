@@ -23,7 +23,6 @@ from flash_sink_attn.estimate import (
     microseconds,
     rows_time,
     shares_in_section,
-    steps_to_begin,
 )
 from flash_sink_attn.regimes import kinds
 from flash_sink_attn.tuned_table import ShapeKey
@@ -57,8 +56,8 @@ def before(key: ShapeKey, kind: Kind, ordered: bool = False) -> float:
 def section(key: ShapeKey, shares: int, ordered: bool = False) -> Section:
     """As launched on a card of 132 multiprocessors."""
     units = key.batch * key.heads_kv
-    return shares_in_section(key.seqlen_q, key.seqlen_k, key.window, 128, group_of(key), units, shares,
-                             steps_to_begin(key.head_dim), ordered, PROGRAMS_AT_ONCE)
+    return shares_in_section(key.seqlen_q, key.seqlen_k, key.window, key.head_dim, group_of(key), units, shares,
+                             ordered=ordered)
 
 
 def test_the_kind_it_names_is_among_the_fastest_that_were_measured() -> None:
@@ -78,28 +77,38 @@ def test_the_kind_it_names_is_among_the_fastest_that_were_measured() -> None:
     (HopperBwdForm.RECOMPUTE, False, 0.045, 0.11),
 ])
 def test_its_error_is_a_few_percent(form: HopperBwdForm, ordered: bool, median: float, ninth: float) -> None:
-    """The events' own time, some 2.5 us, is in the measured ones."""
+    """The events' own time, some 2.5 us, is in the measured ones. In one order under a window no launch has the
+    sections of then."""
     errors = [abs(math.log(before(key, kind, ordered) / us)) for key, times in measured(ordered).items()
-              for kind, us in times.items() if kind.form == form]
-    assert len(errors) > 30
+              for kind, us in times.items() if kind.form == form and not (ordered and key.window)]
+    assert len(errors) > 25
     assert statistics.median(errors) < median and statistics.quantiles(errors, n=10)[8] < ninth
+
+
+@pytest.mark.parametrize(("tokens", "window", "us"), [
+    (8192, 1024, 845), (8192, 2048, 1393), (8192, 4096, 2283), (16384, 4096, 4971),
+])
+def test_in_one_order_under_a_window(tokens: int, window: int, us: float) -> None:
+    """64/8 heads x 64, all shares in one section: results/h200/20261129T112435Z-board."""
+    key = ShapeKey.fixed("bfloat16", 64, 64, 64, 8, window, 1, tokens, tokens)
+    assert microseconds(key, Kind(HopperBwdForm.ACCUMULATE, 1), True) == pytest.approx(us, rel=0.06)
 
 
 def test_programs_are_gone_through_as_the_card_takes_them() -> None:
     one = ShapeKey.fixed("bfloat16", 64, 64, 1, 1, None, 1, 256, 256)
-    assert _steps(one, 1, 2) == 4 + 2                                    # the first keys, which all queries see
-    assert _steps(one._replace(window=64), 1, 2) == 3 + 2                # 128 keys are seen by 191 queries
-    assert _steps(one._replace(heads_q=4), 1, 2) == 16 + 2 and _steps(one._replace(heads_q=4), 2, 2) == 8 + 2
-    assert _steps(one._replace(seqlen_q=64), 1, 2) == 1 + 2              # the last queries see all keys
+    assert _steps(one, 1) == 4 + 2                                    # the first keys, which all queries see
+    assert _steps(one._replace(window=64), 1) == 3 + 2                # 128 keys are seen by 191 queries
+    assert _steps(one._replace(heads_q=4), 1) == 16 + 2 and _steps(one._replace(heads_q=4), 2) == 8 + 2
+    assert _steps(one._replace(seqlen_q=64), 1) == 1 + 2              # the last queries see all keys
     more = one._replace(batch=67)
-    assert _steps(more, 1, 2, section=66) == (4 + 2) + (2 + 2)           # 66 heads at once; one where some ended
-    assert _steps(more, 1, 2, section=67) == (2 + 2) + (2 + 2)           # all the longer ones first
-    assert _steps(more, 1, 2) == 8 * (1 + 0.04 * math.log2(67 / 66))     # which is what a launch does
-    assert _steps(more._replace(varlen=True), 1, 2) == 10                # but of a packed batch
+    assert _steps(more, 1, section=66) == (4 + 2) + (2 + 2)           # 66 heads at once; one where some ended
+    assert _steps(more, 1, section=67) == (2 + 2) + (2 + 2)           # all the longer ones first
+    assert _steps(more, 1) == 8                                       # which is what a launch does
+    assert _steps(more._replace(varlen=True), 1) == 10                # but of a packed batch
     most = one._replace(seqlen_q=128, seqlen_k=128, batch=132 * 12)      # as many as are gone through
-    assert _steps(most, 1, 2) == 12 * (2 + 2)
-    assert _steps(most._replace(batch=most.batch + 1), 1, 2) == pytest.approx(12.4 * (2 + 2), rel=0.01)
-    assert _steps(one._replace(seqlen_q=0, seqlen_k=0), 1, 2) == 2
+    assert _steps(most, 1) == 12 * (2 + 2)
+    assert _steps(most._replace(batch=most.batch + 1), 1) == pytest.approx(12.4 * (2 + 2), rel=0.01)
+    assert _steps(one._replace(seqlen_q=0, seqlen_k=0), 1) == 2
 
 
 # Times of sections over that of as many as run at once, one H200, one process, interleaved medians, 2026-11-29.
@@ -161,7 +170,7 @@ def test_a_section_exists_for_whatever_comes() -> None:
         for group, shares in ((1, 1), (5, 2), (7, 7)):
             for window in (None, 1, 4096):
                 for ordered in (False, True):
-                    found = shares_in_section(n, n, window, 64, group, batch * heads, shares, 3, ordered, 78)
+                    found = shares_in_section(n, n, window, 128, group, batch * heads, shares, 64, 78, ordered)
                     assert 1 <= found.shares <= max(1, batch * heads * shares) and found.steps >= 0
 
 

@@ -312,10 +312,10 @@ def barrier_wait(number, phase):
         "=r,r,r", [number, phase], dtype=gl.int32, is_pure=False, pack=1)
 
 
-# Tiles of a packed batch are as long as its sequences are, so programs draw theirs: each the next one as its last begins.
-# One warp draws and looks up the sequence, and tells the others by a letter. Letters are a ring without a barrier that
-# says which are read: who writes letter r has waited for the slots of q of tile r - 1, which a warpgroup gives back with
-# tile r - 1 - Q_STAGES; and that it had a letter of. So LETTERS must be more than Q_STAGES.
+# Tiles of a packed batch are as long as its sequences are, so programs draw theirs: each the next one as its last
+# begins. One warp draws, looks up the sequence and tells the others by a letter. Letters are a ring without a barrier
+# that says which are read: who writes letter r has waited for the slots of q of tile r - 1, which a warpgroup gives
+# back at the end of tile r - 1 - Q_STAGES, whose letter it has read. So LETTERS must be more than Q_STAGES.
 LETTERS: gl.constexpr = gl.constexpr(8)
 
 

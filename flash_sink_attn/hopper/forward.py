@@ -406,8 +406,8 @@ def _compute_tile(tensors, place, rings, turn, round, INDEX: gl.constexpr, shape
 
 @gluon.jit
 def _place(turn, round, work, shape: gl.constexpr):
-    """Tile ``turn`` of a packed batch's program, or the one of ``round``: (whether there is one, sequence, key head, first
-    member of its group, first token, lengths, where the queries begin)."""
+    """Tile ``turn`` of a packed batch's program, or the one of ``round``: (whether there is one, sequence, key head,
+    first member of its group, first token, lengths, where the queries begin)."""
     GROUP: gl.constexpr = shape[0]
     WARPGROUPS: gl.constexpr = shape[1]
     HEADS: gl.constexpr = shape[2]

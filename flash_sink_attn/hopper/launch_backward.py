@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperBwdForm
-from flash_sink_attn.estimate import shares_in_section, steps_to_begin
+from flash_sink_attn.estimate import shares_in_section
 from flash_sink_attn.hopper.backward_keys import hopper_bwd_keys_kernel
 from flash_sink_attn.hopper.backward_queries import hopper_bwd_queries_kernel
 from flash_sink_attn.hopper.backward_rows import (
@@ -329,8 +329,8 @@ def _section(call: _Call, tiles: int, block_n: int, accumulates: bool) -> int:
     if not accumulates:
         return min(c.units * split, max(1, at_once // tiles))
     return shares_in_section(
-        c.sequences.seqlen_q, c.sequences.seqlen_k, c.window or None, block_n, c.group, c.units, split,
-        steps_to_begin(c.width), c.config.DETERMINISTIC, at_once).shares
+        c.sequences.seqlen_q, c.sequences.seqlen_k, c.window or None, c.q.shape[-1], c.group, c.units, split, block_n,
+        at_once, c.config.DETERMINISTIC).shares
 
 
 @functools.lru_cache(maxsize=64)
