@@ -156,10 +156,11 @@ def test_the_default_row_is_what_the_ladder_chooses(tmp_path: Path) -> None:
             make_hopper(wrong)
 
 
-def test_the_held_out_sweep() -> None:
+@pytest.mark.parametrize(("config", "card"), [("heldout", "h100"), ("heldout-h200", "h200")])
+def test_the_held_out_sweep(config: str, card: str) -> None:
     """At least 40 shapes, none of them tuned on, all of them with the dispatcher's choice among what is measured."""
-    plan = make_plan(load_spec(CONFIGS / "heldout.yaml"), 90)
-    table = make({"card": "h100"}).table
+    plan = make_plan(load_spec(CONFIGS / f"{config}.yaml"), 90)
+    table = make({"card": card}).table
     tuned = {e.key for e in table.entries.values()}
     trials = [*plan.first, *(t for whole in plan.wholes for t in whole)]
     cases = {t.case.id: t.case for t in trials if t.case.pass_ in ("fwd", "bwd")}

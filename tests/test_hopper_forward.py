@@ -5,6 +5,7 @@ FLASH_SINK_ATTN_RANDOM_SHAPES says how many random calls are made; default 20.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from tests.hopper_cases import (
     VALUES,
     WINDOW_64,
     Case,
+    build,
     case,
     draw,
     problems,
@@ -132,6 +134,15 @@ def test_more_tiles_than_programs(worker: Worker, family: str) -> None:
 
 
 @needs_hopper
+@pytest.mark.parametrize("family", ["64", "64-four-two-tiles", "64-packed", "64-window", "64-window-two-heads", "128",
+                                    "128-two-tiles", "128-window", "128-window-tokens", "192-heads", "256"])
+def test_more_tiles_of_a_packed_batch_than_programs(worker: Worker, family: str) -> None:
+    """Tiles are drawn, and some slots are for none; the last draws of all programs find nothing."""
+    of, window = FAMILIES[family]
+    judge(worker, case(of, heads_kv=4, seqlens=(1150, 3, 0, 700, 64, 1, 129, 0) * 3, window=window))
+
+
+@needs_hopper
 @pytest.mark.parametrize("section_heads", [1, 2])
 @pytest.mark.parametrize("family", ["64", "64-window", "128-window"])
 def test_sections_of_few_heads(worker: Worker, family: str, section_heads: int) -> None:
@@ -148,6 +159,39 @@ def test_random_shapes(worker: Worker, seed: int) -> None:
 
 
 # What makes the calls, without a GPU
+
+
+def test_a_packed_grid_has_a_counter_of_zeros_where_programs_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel draws where it has more tiles than programs; nobody else's counter is read."""
+    def counters(of: Case) -> list[tuple[bool, bool]]:
+        found: list[tuple[bool, bool]] = []
+
+        def note(kernel: Any, programs: int, device: Any, runtime: list[Any], constants: Any, **how: Any) -> None:
+            names = kernel.arg_names
+            counter = runtime[names.index("Counter")]
+            found.append((counter is not None, runtime[names.index("num_tiles")] > programs))
+
+        zeroed.clear()
+        build(of, note)
+        assert zeroed == [more for there, more in found if there]
+        return found
+
+    zeroed: list[bool] = []
+
+    def spy(*args: Any, zero: bool = False) -> Any:
+        zeroed.append(zero)
+        return own(*args, zero=zero)
+
+    launch_forward = pytest.importorskip("flash_sink_attn.hopper.launch_forward")
+    own = launch_forward.workspace
+    monkeypatch.setattr(launch_forward, "workspace", spy)
+    of, window = FAMILIES["64"]
+    assert of[2].PROGRAMS_PER_SM == 1
+    assert counters(case(of, seqlens=(1150, 3, 700) * 9, heads_kv=8)) == [(True, True)]
+    assert counters(case(of, seqlens=(65, 3), heads_kv=1)) == [(True, False)]
+    assert counters(case(of, seqlen_q=9000, heads_kv=8)) == [(False, True)]
+    each = (of[0], of[1], dataclasses.replace(of[2], PROGRAMS_PER_SM=0))
+    assert counters(case(each, seqlens=(1150, 3, 700) * 9, heads_kv=8)) == [(False, False)]
 
 
 def test_every_case_is_valid_and_all_of_a_kind_use_one_kernel() -> None:

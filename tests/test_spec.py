@@ -391,6 +391,7 @@ def test_shipped_configs_name_their_cards() -> None:
         "h200": "H200",
         "h20": "H20",
         "heldout": "H100",
+        "heldout-h200": "H200",
         "repeat": "H100",
         "board": "H100",
         "packed": "cuda",
