@@ -14,7 +14,7 @@ to 32768 tokens, groups of 1 to 16, head dims 64, 96 and 128, without a window a
 error, in the median and at the ninth decile, is
 
 - where dQ is added up 1.3 and 5% at head dim 64, 2 and 8% at 128; under a window, of which there are 97 times, 1.2 and
-  3%, 4 and 8%; in one order 5 and 11%;
+  3%, 4 and 8%; in one order, without a window, 5 and 11%;
 - where products are made again 3 and 8%, where the kernel slides 3 and 8%.
 
 All those times are of sections of as many programs as run at once (see :func:`shares_in_section`), and so is this: the
@@ -95,8 +95,9 @@ _EVEN_ROUNDS = 3  # with more of them programs no longer end together
 # heads, a window of 128.
 _SLIDE_STEP, _SLIDE_LAUNCHES = 2.4, 20.0
 # Adding in one order takes the sum of the first two times as long with up to 2048 tokens; the second shrinks with more.
-# Under a window of 4096 it takes the sum of the first and the third times as long, under shorter ones less.
-_ORDER = {64: (1.05, 0.08, 0.08), 128: (1.06, 0.17, 0.14)}
+# Under a window of 4096 it takes the sum of the first and the third times as long, or with all shares in one section of
+# the first and the fourth, which at head dim 128 was not measured; under shorter ones less.
+_ORDER = {64: (1.05, 0.08, 0.25, 0.08), 128: (1.06, 0.17, 0.14, 0.14)}
 # For each part beyond the fourth, which are added one after the other: 30/3 x 128, 1350 tokens, ten parts took 0.152 ms
 # for 0.123 without this.
 _MORE_PARTS = 1.7
@@ -109,7 +110,7 @@ _ROUNDS_WALKED, _LAST_WAIT = 12, 0.37
 # each doubling costs a little.
 _EQUAL_SECTIONS = (4, 3, 2, 1)
 _L2_MB, _BEYOND_L2, _BEYOND_L2_MOST, _DOUBLING_UNDER_WINDOW = 50, 0.0008, 1.2, 0.01
-_WORTH = 1.025  # other sections are not thought of where they gain less
+_WORTH, _WORTH_UNDER_WINDOW = 1.025, 1.005  # other sections are not thought of where they gain less
 # What a tile of a forward costs besides the keys it multiplies, in keys; anything from 100 to 200 does.
 _TILE_KEYS = 128
 
@@ -201,22 +202,25 @@ def _adding(key: ShapeKey, shares: int, ordered: bool, section: int | None) -> f
     cost = _ADDING[width]
     step = cost.step * (1.0 if key.window is None else cost.window)
     parts = _shared_parts(key, shares, cost.part)
-    steps = _steps(key, shares, ordered, section)
-    time = cost.launches + step * steps + cost.element * _millions(key, key.heads_q) + parts
+    launched = _section(key, shares, ordered, section)
+    time = cost.launches + step * launched.steps + cost.element * _millions(key, key.heads_q) + parts
     if not ordered:
         return time
-    least, short, window = _ORDER[width]
-    return time * (least + (short * min(1.0, 2048 / max(1, key.seqlen_k)) if key.window is None
-                            else window * min(key.window, key.seqlen_k) / 4096))
+    least, short, window, together = _ORDER[width]
+    if key.window is None:
+        return time * (least + short * min(1.0, 2048 / max(1, key.seqlen_k)))
+    one = launched.shares >= _units(key) * shares
+    return time * (least + (together if one else window) * min(key.window, key.seqlen_k) / 4096)
 
 
-def _steps(key: ShapeKey, shares: int, ordered: bool = False, section: int | None = None) -> float:
-    """Steps of the form that adds up, in sections of so many shares, by default of as many as a launch has."""
+def _section(key: ShapeKey, shares: int, ordered: bool = False, section: int | None = None) -> Section:
+    """The section of so many shares, by default the one of a launch, of the form that adds up."""
     shape = (key.seqlen_q, key.seqlen_k, key.window, key.head_dim, group_of(key), _units(key), shares)
     if section is None and not key.varlen:
-        return shares_in_section(*shape, ordered=ordered).steps
+        return shares_in_section(*shape, ordered=ordered)
     programs = _Programs.of(*shape, _KEYS, PROGRAMS_AT_ONCE)
-    return programs.steps(section or programs.section_at_once)
+    section = section or programs.section_at_once
+    return Section(section, programs.steps(section))
 
 
 class Section(NamedTuple):
@@ -254,6 +258,8 @@ def shares_in_section(
         block_n: keys of a tile.
         programs: that run at once.
         ordered: whether dQ is added up in one order.
+
+    Head dims above 128, whose tiles have 64 keys, are taken to behave as 128 does; they were not measured.
     """
     of = _Programs.of(seqlen_q, seqlen_k, window, head_dim, group, units, shares, block_n, programs)
     base, falling = of.section_at_once, ordered and window is None
@@ -267,10 +273,10 @@ def shares_in_section(
             return 1 + _DOUBLING_UNDER_WINDOW * math.log2(section / base)
         return min(_BEYOND_L2_MOST, 1 + _BEYOND_L2 * max(0.0, of.megabytes * section - _L2_MB))
 
-    most = of.steps(base, falling)
+    most, worth = of.steps(base, falling), _WORTH if window is None else _WORTH_UNDER_WINDOW
     # in one order fewer tiles of a head, which wait for one another, are at once the better: as good is good enough
-    best, least = base, most if falling else most / _WORTH
-    if most > _WORTH * of.mean:
+    best, least = base, most if falling else most / worth
+    if most > worth * of.mean:
         for section in sorted({-(-of.all_shares // sections) for sections in _EQUAL_SECTIONS}):
             # no section takes less than the mean program, so most need not be gone through
             if section > base and of.mean * cost(section) < least:

@@ -217,7 +217,7 @@ def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
             return False
         if idles(config, measured) != idles(config, key):
             return False
-        if loads_itself(measured) != loads_itself(key):
+        if loads_itself(measured) != loads_itself(key) or few_rows(measured) != few_rows(key):
             return False
         if short_window(key) or short_window(measured):
             # (where it hides nothing, rows are as different as without a window)

@@ -119,6 +119,11 @@ def test_the_kinds_follow_the_call() -> None:
     few = tokens(CAUSAL, 1111, heads_q=16)
     assert not loads_itself(few) and few_tiles(few) and not few_tiles(tokens(few, 5050, heads_q=8))
     assert not loads_itself(tokens(CAUSAL, 3900, heads_q=24)) and loads_itself(tokens(WIDE, 1700, heads_q=36))
+    # without groups nobody shares the keys that programs load for themselves; no entry of few rows speaks for them
+    alone = tokens(WIDE, 1750, heads_q=20, heads_kv=20)
+    assert not loads_itself(alone) and loads_itself(alone._replace(heads_kv=4))
+    short = tokens(WIDE, 1024, heads_q=20, heads_kv=4)
+    assert not lends(Entry("hopper_fwd", short, HopperFwdConfig(64, 64), 1.0, "fwd", None, "c", "r"), alone)
     assert not few_tiles(tokens(CAUSAL, 1500))
     assert not few_tiles(tokens(WIDE, 256)) and not few_tiles(tokens(WINDOW, 256))
 
@@ -131,7 +136,7 @@ QWEN = WIDE._replace(heads_q=28, heads_kv=4)
     (tokens(CAUSAL, 1024), (ADDED, 4)), (tokens(CAUSAL, 2048), (ADDED, 2)), (tokens(CAUSAL, 8192), (ADDED, 1)),
     (tokens(WIDE, 1024), (AGAIN, 4)), (tokens(WIDE, 512), (AGAIN, 4)), (tokens(WIDE, 4096), (ADDED, 1)),
     (tokens(QWEN, 1024), (AGAIN, 7)), (tokens(QWEN, 2048), (AGAIN, 4)), (tokens(QWEN, 8192), (ADDED, 1)),
-    (tokens(WIDE, 2048, heads_q=20, heads_kv=4), (AGAIN, 5)),
+    (tokens(WIDE, 2048, heads_q=20, heads_kv=4), (AGAIN, 5)), (tokens(CAUSAL, 5120, heads_q=32), (ADDED, 2)),
     (tokens(CAUSAL, 16384, heads_kv=64), (ADDED, 1)),
     (tokens(CAUSAL, 256, head_dim=192, head_dim_v=128), (ADDED, 1)),
     # windows

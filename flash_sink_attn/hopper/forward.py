@@ -461,11 +461,13 @@ def hopper_fwd_kernel(
     SPLIT_LOOPS: gl.constexpr,
     SHARE_Q: gl.constexpr, REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):
-    """Persistent over tiles of 64 rows per warpgroup: tile, tile + programs, ...
+    """Persistent over tiles of 64 rows per warpgroup: tile, tile + programs, ... of one length; of a packed batch each
+    program's first, and then what it draws.
 
     *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64 or BLOCK_N, 1, part of the head dim),
     see descriptors.describe. Lse: float32 (batch, heads_q, seqlen_q), packed (heads_q, total_q). scale_log2 = softmax
-    scale * log2(e).
+    scale * log2(e). Counter: of a packed batch, one int32, 0 where there are more tiles than programs; None where there
+    cannot be.
 
     SPREAD: the warpgroups take different heads of a group at the same tokens, HEADS of them one after the other while
     K and V stay; else consecutive tokens of one head. SHARE_Q: the output leaves through Q's slot. REGISTERS: of each
