@@ -151,9 +151,8 @@ def portable_window(key: ShapeKey) -> bool:
     best Hopper: 64/8 heads with a window of 200 0.0580 and 0.0657 at 3800 tokens, 0.1318 and 0.1453 at 8700; with 390
     0.0724 and 0.0827 at 3550, 0.1928 and 0.2203 at 9600; with 512 0.1984 and 0.2012 at 8192; 45/9 heads with 116 0.0435
     and 0.0451. Where the rounds of 64/8 heads come out even the Hopper kernel is ahead by up to 8% up to 256 (2048
-    tokens with 192, 0.0328 and 0.0305). With
-    a window of 1024 it is 0.3226 and 0.3128, and with 128 Hopper is 30% faster. Groups of less than four were not
-    measured.
+    tokens with 192, 0.0328 and 0.0305). With a window of 1024 it is 0.3226 and 0.3128, and with 128 Hopper is 30%
+    faster. Groups of less than four were not measured.
     """
     if not small_dims(key) or key.window is None or group_of(key) < 4:
         return False

@@ -95,7 +95,7 @@ def test_varlen(worker: Worker, family: str, seqlens_k: tuple[int, ...]) -> None
 
 @needs_hopper
 def test_many_sequences(worker: Worker) -> None:
-    """More than one chunk of the search for a tile's sequence."""
+    """Hundreds of sequences, most of them of no token or one, so that the search for a tile's sequence goes on."""
     judge(worker, case(CAUSAL_64, seqlens=(1, 0, 2) + (1,) * 125 + (20, 0, 0, 3) * 40, heads_kv=1))
 
 
