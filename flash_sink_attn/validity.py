@@ -165,12 +165,6 @@ def hopper_fwd_reject_reason(c: HopperFwdConfig, shape: _Shape) -> str | None:
     if c.num_stages < 2:
         # a block of V is given back only once the next block of K has come, which the loader brings after it
         return f"num_stages must be at least 2, got {c.num_stages}"
-    # Blocks of keys that the first warpgroup does not see, and passes on for the last one once it knows its next tile.
-    # In a packed batch the loader tells that after it has brought them all: both would wait for ever.
-    passed = (c.warpgroups - 1) * 64 // c.BLOCK_N
-    if not c.HEADS and c.num_stages <= passed:
-        return (f"num_stages must be at least {passed + 1} with {c.warpgroups} warpgroups and BLOCK_N {c.BLOCK_N}, "
-                f"got {c.num_stages}")
     if not 0 <= c.PROGRAMS_PER_SM <= 8:
         return f"PROGRAMS_PER_SM must be from 0 to 8, got {c.PROGRAMS_PER_SM}"
     if c.HEADS < 0 or c.HEADS and (c.HEADS - 1) * c.warpgroups >= shape.group:

@@ -27,13 +27,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flash_sink_attn.hopper.common import (
     FAR_BELOW,
-    LN2,
     LOG2E,
+    barriers_declare,
+    concluded,
     exponentials,
     follow,
     hide,
     hold_half,
     largest,
+    letter_read,
+    letter_write,
     load_block,
     place_of,
     quads,
@@ -46,18 +49,24 @@ from flash_sink_attn.hopper.common import (
 
 
 @gluon.jit
+def _keys(first, len_q, len_k, window, WINDOW: gl.constexpr):
+    """First key of a tile's rows and how many blocks of 64 they need from there; at least one, if all masked."""
+    offset = len_k - len_q
+    end = gl.minimum(first + 64, len_q) + offset
+    begin = 0
+    if WINDOW:
+        begin = gl.maximum(first + offset - window + 1, 0)
+    return begin, gl.maximum(gl.cdiv(gl.maximum(end - begin, 0), 64), 1)
+
+
+@gluon.jit
 def _tile(round, work, GROUP: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr):
     """The program's tile of this round: (whether there is one, member of the batch, key head, query head, first token,
     lengths and beginnings of queries and keys, first key, blocks of keys)."""
     window = work[7]
     ok, b, head_kv, member, first, len_q, len_k, start_q, start_k = tile_of(
         tile_of_round(round), work, GROUP, 1, 64, VARLEN)
-    offset = len_k - len_q
-    end = gl.minimum(first + 64, len_q) + offset
-    begin = 0
-    if WINDOW:
-        begin = gl.maximum(first + offset - window + 1, 0)
-    blocks = gl.maximum(gl.cdiv(gl.maximum(end - begin, 0), 64), 1)
+    begin, blocks = _keys(first, len_q, len_k, window, WINDOW)
     return ok, b, head_kv, head_kv * GROUP + member, first, len_q, len_k, start_q, start_k, begin, blocks
 
 
@@ -192,6 +201,8 @@ def hopper_alone_kernel(
     q_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
     k_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
     v_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+    if VARLEN:
+        barriers_declare(num_tiles)
     mbarrier.init(q_ready, count=1)
     mbarrier.init(k_ready, count=1)
     mbarrier.init(v_ready, count=1)
@@ -209,15 +220,21 @@ def hopper_alone_kernel(
     if VARLEN:
         at = _round_with_tile(0, work, GROUP, VARLEN, WINDOW)
     ok, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks = _tile(at, work, GROUP, VARLEN, WINDOW)
+    turn = 0
+    if VARLEN:
+        letter_write(0, head, first, len_q, len_k, start_q, start_k)
     if ok:
         _first(descs, smem, bars, _place(ok, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks,
                                          seqlen_q, seqlen_k, VARLEN))
     for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
         if ok:
             if VARLEN:
-                # found again: kept over a tile, it would take more registers than there are
-                _, b, head_kv, head, first, len_q, len_k, start_q, start_k, begin, blocks = _tile(
-                    at, work, GROUP, VARLEN, WINDOW)
+                # kept over a tile in registers, it would take more of them than there are
+                head, first, len_q, len_k, start_q, start_k = letter_read(turn & 1)
+                b = 0
+                head_kv = head // GROUP
+                begin, blocks = _keys(first, len_q, len_k, window, WINDOW)
+                turn += 1
             k_b, k_row = place_of(b, start_k, len_k, VARLEN)
             here = (k_b, k_row, head_kv)
             # positions in key coordinates (bottom-right aligned) of the first and the last row
@@ -245,8 +262,11 @@ def hopper_alone_kernel(
                 n_at = _round_with_tile(at + 1, work, GROUP, VARLEN, WINDOW)
             n_ok, n_b, n_head_kv, n_head, n_first, n_len_q, n_len_k, n_start_q, n_start_k, n_begin, n_blocks = _tile(
                 n_at, work, GROUP, VARLEN, WINDOW)
+            if VARLEN:
+                letter_write(turn & 1, n_head, n_first, n_len_q, n_len_k, n_start_q, n_start_k)
             following = _place(n_ok, n_b, n_head_kv, n_head, n_first, n_len_q, n_len_k, n_start_q, n_start_k, n_begin,
                                n_blocks, seqlen_q, seqlen_k, VARLEN)
+            sink = None
             if Sinks is not None:
                 sink = gl.load(Sinks + head).to(gl.float32) * LOG2E
             _expect(descs, bars, n_ok, more)
@@ -285,17 +305,7 @@ def hopper_alone_kernel(
             acc = warpgroup_mma(p16, v_smem.index(last).reshape([64, D]), acc, is_async=True)
             m = gl.convert_layout(gl.max(m, axis=1), ROW_LAYOUT)
             l = gl.convert_layout(gl.sum(l, axis=1), ROW_LAYOUT)
-            # The sink enters here and not as the initial maximum: one far above the logits would flush P to zero in
-            # half precision.
-            beta = gl.full([64], 1.0, gl.float32, ROW_LAYOUT)
-            if Sinks is not None:
-                m_new = gl.maximum(m, sink)
-                beta = gl.exp2(m - m_new)
-                l = l * beta + gl.exp2(sink - m_new)
-                m = m_new
-            # A row without a visible key and without a sink has l == 0: o = 0, lse = -inf.
-            factor = beta / gl.where(l == 0.0, 1.0, l)
-            lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) * LN2)
+            factor, lse = concluded(m, l, sink)
             token = first + row
             if VARLEN:
                 lse_at = Lse + head * seqlen_q.to(gl.int64) + start_q + token

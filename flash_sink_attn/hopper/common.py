@@ -185,6 +185,23 @@ def rescale(acc, alpha, changed):
 
 
 @gluon.jit
+def concluded(m, l, sink):
+    """(What O is to be multiplied by, lse) of rows with running maximum ``m``, in units of log2, and sum ``l``.
+
+    The sink (in units of log2, or None) enters here and not as the initial maximum: one far above the logits would
+    flush P to zero in half precision.
+    """
+    beta = gl.full(m.shape, 1.0, gl.float32, m.type.layout)
+    if sink is not None:
+        m_new = gl.maximum(m, sink)
+        beta = gl.exp2(m - m_new)
+        l = l * beta + gl.exp2(sink - m_new)
+        m = m_new
+    # A row without a visible key and without a sink has l == 0: o = 0, lse = -inf.
+    return beta / gl.where(l == 0.0, 1.0, l), gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) * LN2)
+
+
+@gluon.jit
 def sequence_bounds(cu_seqlens, index, total):
     """First token and length of sequence ``index``; clamped, so that no content of cu_seqlens reaches out of bounds."""
     start = gl.minimum(gl.maximum(gl.load(cu_seqlens + index), 0), total)
@@ -336,23 +353,24 @@ def drawn(ticket):
 
 
 @gluon.jit
-def letter_write(letter, head, first, len_q, len_k, start_q):
+def letter_write(letter, head, first, len_q, len_k, start_q, start_k):
     """What a tile is, for :func:`letter_read`; first: below zero after the last one."""
     gl.inline_asm_elementwise(
         "{ .reg .b32 a; mov.u32 a, own_barriers; mad.lo.u32 a, $1, 32, a; "
-        "st.shared.v4.b32 [a + 768], {$3, $4, $5, $6}; st.shared.b32 [a + 784], $2; mov.u32 $0, 0; }",
-        "=r,r,r,r,r,r,r", [letter, head, first, len_q, len_k, start_q], dtype=gl.int32, is_pure=False, pack=1)
+        "st.shared.v4.b32 [a + 768], {$3, $4, $5, $6}; st.shared.v2.b32 [a + 784], {$2, $7}; mov.u32 $0, 0; }",
+        "=r,r,r,r,r,r,r,r", [letter, head, first, len_q, len_k, start_q, start_k], dtype=gl.int32, is_pure=False,
+        pack=1)
 
 
 @gluon.jit
 def letter_read(letter):
-    """(head, first, len_q, len_k, start_q) as they were written."""
-    first, len_q, len_k, start_q, head = gl.inline_asm_elementwise(
-        "{ .reg .b32 a; mov.u32 a, own_barriers; mad.lo.u32 a, $5, 32, a; "
-        "ld.volatile.shared.v4.b32 {$0, $1, $2, $3}, [a + 768]; ld.volatile.shared.b32 $4, [a + 784]; }",
-        "=&r,=&r,=&r,=&r,=&r,r", [letter], dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False,
-        pack=1)
-    return head, first, len_q, len_k, start_q
+    """(head, first, len_q, len_k, start_q, start_k) as they were written."""
+    first, len_q, len_k, start_q, head, start_k = gl.inline_asm_elementwise(
+        "{ .reg .b32 a; mov.u32 a, own_barriers; mad.lo.u32 a, $6, 32, a; "
+        "ld.volatile.shared.v4.b32 {$0, $1, $2, $3}, [a + 768]; ld.volatile.shared.v2.b32 {$4, $5}, [a + 784]; }",
+        "=&r,=&r,=&r,=&r,=&r,=&r,r", [letter],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1)
+    return head, first, len_q, len_k, start_q, start_k
 
 
 @gluon.jit

@@ -20,13 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flash_sink_attn.hopper.common import (
     FAR_BELOW,
     LETTERS,
-    LN2,
     LOG2E,
     advance,
     barrier_arrive,
     barrier_init,
     barrier_wait,
     barriers_declare,
+    concluded,
     draw,
     drawn,
     exponentials,
@@ -152,7 +152,7 @@ def _load(tensors, shape: gl.constexpr):
                 # before the tile, which hides how long it takes
                 ticket = draw(Counter, more)
             if ok:
-                letter_write(turn % LETTERS, head_kv * GROUP + member0, first, len_q, len_k, start_q)
+                letter_write(turn % LETTERS, head_kv * GROUP + member0, first, len_q, len_k, start_q, start_k)
                 barrier_arrive(LETTER + turn % LETTERS, True)
                 rings = _load_tile(tensors, (b, head_kv, member0, first, len_q, len_k, start_q, start_k), rings, turn,
                                    shape)
@@ -160,7 +160,7 @@ def _load(tensors, shape: gl.constexpr):
             tile = num_tiles
             if Counter is not None:
                 tile = gl.where(more, gl.num_programs(0) + drawn(ticket), num_tiles)
-        letter_write(turn % LETTERS, 0, -1, 0, 0, 0)
+        letter_write(turn % LETTERS, 0, -1, 0, 0, 0, 0)
         barrier_arrive(LETTER + turn % LETTERS, True)
     else:
         for round in range(gl.cdiv(num_tiles, gl.num_programs(0))):
@@ -247,8 +247,7 @@ def _compute_tile(tensors, place, rings, turn, round, INDEX: gl.constexpr, shape
     # Where the window's edge and the diagonal can meet in one block (WINDOW == 2), masked blocks get both comparisons.
     BOTH: gl.constexpr = WINDOW == 2 or (WINDOW and not SPLIT_LOOPS)
     EDGE_CAUSAL: gl.constexpr = WINDOW == 2
-    # Where every warpgroup has rows in every tile, it finds the next tile while the tensor cores end this one.
-    AHEAD: gl.constexpr = not SPREAD
+    AHEAD: gl.constexpr = shape[15]
     row = gl.arange(0, 64, layout=ROW_LAYOUT)
     ok, b, head_kv, member0, first, len_q, len_k, start_q = place
     slot, phase, q_slot, q_phase = rings
@@ -345,18 +344,10 @@ def _compute_tile(tensors, place, rings, turn, round, INDEX: gl.constexpr, shape
             head_q = head_kv * GROUP + member
             m = gl.convert_layout(gl.max(m, axis=1), ROW_LAYOUT)
             l = gl.convert_layout(gl.sum(l, axis=1), ROW_LAYOUT)
-            # The sink enters here and not as the initial maximum: one far above the logits would flush P to
-            # zero in half precision.
-            beta = gl.full([64], 1.0, gl.float32, ROW_LAYOUT)
+            sink = None
             if Sinks is not None:
                 sink = gl.load(Sinks + head_q).to(gl.float32) * LOG2E
-                m_new = gl.maximum(m, sink)
-                beta = gl.exp2(m - m_new)
-                l = l * beta + gl.exp2(sink - m_new)
-                m = m_new
-            # A row without a visible key and without a sink has l == 0: o = 0, lse = -inf.
-            factor = beta / gl.where(l == 0.0, 1.0, l)
-            lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) * LN2)
+            factor, lse = concluded(m, l, sink)
             token = first + row
             if VARLEN:
                 lse_at = Lse + head_q * seqlen_q.to(gl.int64) + start_q + token
@@ -416,7 +407,7 @@ def _place(turn, round, work, shape: gl.constexpr):
     if shape[10]:
         LETTER: gl.constexpr = 2 * STAGES + WARPGROUPS * Q_STAGES
         barrier_wait(LETTER + turn % LETTERS, turn // LETTERS & 1)
-        head, first, len_q, len_k, start_q = letter_read(turn % LETTERS)
+        head, first, len_q, len_k, start_q, _ = letter_read(turn % LETTERS)
         return first >= 0, gl.to_tensor(0), head // GROUP, head % GROUP, first, len_q, len_k, start_q
     else:
         CHUNK: gl.constexpr = WARPGROUPS * HEADS if shape[12] else 1
@@ -429,8 +420,7 @@ def _place(turn, round, work, shape: gl.constexpr):
 def _compute(tensors, INDEX: gl.constexpr, shape: gl.constexpr):
     """Warpgroup number INDEX: 64 query rows of one head at a time."""
     work = tensors[2]
-    # Where every warpgroup has rows in every tile, it finds the next tile while the tensor cores end this one.
-    AHEAD: gl.constexpr = not shape[12]
+    AHEAD: gl.constexpr = shape[15]
     rings = (gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0))
     turn = gl.to_tensor(0)
     place = _place(0, 0, work, shape)
@@ -506,9 +496,13 @@ def hopper_fwd_kernel(
     smem = (q_smem, q2_smem, k_smem, k2_smem, v_smem, o_smem)
     bars = (q_ready, k_ready, v_ready)
     work = (batch, seqlen_q, seqlen_k, heads_kv, num_tiles, tiles_per_unit, section, window, CuSeqlensQ, CuSeqlensK)
+    # Where every warpgroup has rows in every tile, it finds the next tile while the tensor cores end this one; but not
+    # where blocks that it has yet to pass on may fill the ring, which the loader of a packed batch waits for before it
+    # tells of the next tile.
+    AHEAD: gl.constexpr = not SPREAD and not (VARLEN and WINDOW and (WARPGROUPS - 1) * 64 // BLOCK_N >= STAGES)
     # by place, as _load and _compute take it apart
     shape: gl.constexpr = (GROUP, WARPGROUPS, HEADS, TOKENS, BLOCK_N, D, D2, DV, STAGES, Q_STAGES, VARLEN,
-                           WINDOW, SPREAD, SPLIT_LOOPS, SHARE_Q)
+                           WINDOW, SPREAD, SPLIT_LOOPS, SHARE_Q, AHEAD)
     descs = (q_desc, q2_desc, k_desc, k2_desc, v_desc)
     results = (Sinks, Lse, scale_log2)
     load = (descs, work, smem, bars, Counter)

@@ -20,13 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flash_sink_attn.hopper.common import (
     FAR_BELOW,
-    LN2,
     LOG2E,
     advance,
     barrier_arrive,
     barrier_init,
     barrier_wait,
     barriers_declare,
+    concluded,
     exponentials,
     follow,
     hold_half,
@@ -247,16 +247,10 @@ def _compute(tensors, shape: gl.constexpr):
                 l1 = gl.convert_layout(gl.sum(l, axis=1), ROW_LAYOUT)
                 token = token0 + row // PACK
                 head_q = head_kv * GROUP + member0 + i // PACK * PACK + row % PACK
-                # the sink, as in forward._compute
-                beta = gl.full([64], 1.0, gl.float32, ROW_LAYOUT)
+                sink = None
                 if Sinks is not None:
                     sink = gl.load(Sinks + head_q).to(gl.float32) * LOG2E
-                    m_new = gl.maximum(m1, sink)
-                    beta = gl.exp2(m1 - m_new)
-                    l1 = l1 * beta + gl.exp2(sink - m_new)
-                    m1 = m_new
-                factor = beta / gl.where(l1 == 0.0, 1.0, l1)
-                lse = gl.where(l1 == 0.0, float("-inf"), (m1 + gl.log2(l1)) * LN2)
+                factor, lse = concluded(m1, l1, sink)
                 if VARLEN:
                     lse_at = Lse + head_q * seqlen_q.to(gl.int64) + start_q + token
                 else:
