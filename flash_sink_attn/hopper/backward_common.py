@@ -66,21 +66,32 @@ def scratch_add(pointer, x):
                               "=r,l,l,l,l,f,f,f,f", [pointer, x], dtype=gl.int8, is_pure=False, pack=4)
 
 
-def _add_32() -> str:
-    """32 values ($40 ..) of a thread to where the first pointer ($8) says and, by fours, 2 KiB further each time."""
-    adds = " ".join(f"red.relaxed.gpu.global.add.v4.f32 [$8 + {j * 2048}], "
-                    f"{{{', '.join(f'${40 + 4 * j + i}' for i in range(4))}}};" for j in range(8))
-    return f"{{ {adds} {' '.join(f'mov.b32 ${i}, 0;' for i in range(8))} }}"
+def _add(count: int) -> str:
+    """``count`` values of a thread to where the first pointer says and, by fours, 2 KiB further each time; operands are
+    results, four to a register, then pointers, then values."""
+    fours, first = count // 4, count // 4 + count
+    adds = " ".join(f"red.relaxed.gpu.global.add.v4.f32 [${fours} + {j * 2048}], "
+                    f"{{{', '.join(f'${first + 4 * j + i}' for i in range(4))}}};" for j in range(fours))
+    return f"{{ {adds} {' '.join(f'mov.b32 ${i}, 0;' for i in range(fours))} }}"
 
 
-ADD_32: gl.constexpr = gl.constexpr(_add_32())
-ADD_32_OPERANDS: gl.constexpr = gl.constexpr(",".join(["=r"] * 8 + ["l"] * 32 + ["f"] * 32))
+def _add_operands(count: int) -> str:
+    return ",".join(["=r"] * (count // 4) + ["l"] * count + ["f"] * count)
+
+
+ADD_16: gl.constexpr = gl.constexpr(_add(16))
+ADD_16_OPERANDS: gl.constexpr = gl.constexpr(_add_operands(16))
+ADD_32: gl.constexpr = gl.constexpr(_add(32))
+ADD_32_OPERANDS: gl.constexpr = gl.constexpr(_add_operands(32))
 
 
 @gluon.jit
 def scratch_add_64(pointer, x):
-    """As :func:`scratch_add` for a multiple of 64 columns: one address in registers for each 64 and not eight."""
-    gl.inline_asm_elementwise(ADD_32, ADD_32_OPERANDS, [pointer, x], dtype=gl.int8, is_pure=False, pack=32)
+    """As :func:`scratch_add` for 32 columns or a multiple of 64: one address in registers for each of these."""
+    if x.shape[1] == 32:
+        gl.inline_asm_elementwise(ADD_16, ADD_16_OPERANDS, [pointer, x], dtype=gl.int8, is_pure=False, pack=16)
+    else:
+        gl.inline_asm_elementwise(ADD_32, ADD_32_OPERANDS, [pointer, x], dtype=gl.int8, is_pure=False, pack=32)
 
 
 @gluon.jit

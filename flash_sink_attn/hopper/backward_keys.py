@@ -96,19 +96,55 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
 
 
 @gluon.jit
-def _start_dp(v, do, ready, phase, zero):
-    """Starts dP^T = V dO^T once dO is there."""
-    mbarrier.wait(ready, phase)
-    return warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+def _start_scores(x, x2, y, y2, zero, D2: gl.constexpr):
+    """Starts x y^T: S^T = K Q^T, or dP^T = V dO^T. With D2 in two parts, columns from 64 on in x2 and y2."""
+    s = warpgroup_mma(x, y.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if D2:
+        s = warpgroup_mma(x2, y2.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _start_sum(x, y, y2, total, total2, D2: gl.constexpr):
+    """Starts total += x y: dV += P^T dO, or dK += dS^T Q. With D2 in two parts, as in :func:`_start_scores`."""
+    total = warpgroup_mma(x, y, total, is_async=True)
+    if D2:
+        LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=total2.type.layout, k_width=2)
+        total2 = warpgroup_mma(gl.convert_layout(x, LAYOUT, assert_trivial=True), y2, total2, is_async=True)
+    return total, total2
+
+
+@gluon.jit
+def _ended(dv, dv2, dk, dk2, PENDING: gl.constexpr, D2: gl.constexpr):
+    """dV and dK once at most PENDING products behind theirs are left."""
+    if D2:
+        dv, dv2, dk, dk2 = warpgroup_mma_wait(PENDING, deps=[dv, dv2, dk, dk2])
+    else:
+        dv, dk = warpgroup_mma_wait(PENDING, deps=[dv, dk])
+    return dv, dv2, dk, dk2
+
+
+@gluon.jit
+def _parts(block, PANEL: gl.constexpr, D: gl.constexpr, D2: gl.constexpr):
+    """64 rows in shared memory as (all D columns, the same), or with D2 as (the first 64, the D2 behind them)."""
+    if D2:
+        panels = block._reinterpret(block.dtype, [2, 64, 64], PANEL)
+        return panels.index(0), panels.index(1).slice(0, D2, dim=1)
+    else:
+        whole = block.reshape([64, D])
+        return whole, whole
 
 
 @gluon.jit
 def _dq_product(ds_panels, k_panels, buffer, zero, COLUMN: gl.constexpr, WARPGROUPS: gl.constexpr, D: gl.constexpr):
-    """Starts 64 columns of dQ = dS K: the sum over all warpgroups' keys."""
+    """Starts 64 columns of dQ = dS K, or as many as ``zero`` has: the sum over all warpgroups' keys."""
     dq = zero
     for c in gl.static_range(WARPGROUPS):
-        dq = warpgroup_mma(ds_panels.index(buffer * WARPGROUPS + c).permute((1, 0)),
-                           k_panels.index(c * (D // 64) + COLUMN), dq, use_acc=c > 0, is_async=True)
+        k = k_panels.index(c * (D // 64) + COLUMN)
+        if zero.shape[1] < 64:
+            k = k.slice(0, zero.shape[1], dim=1)
+        dq = warpgroup_mma(ds_panels.index(buffer * WARPGROUPS + c).permute((1, 0)), k, dq, use_acc=c > 0,
+                           is_async=True)
     return dq
 
 
@@ -117,13 +153,14 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
                   INDEX: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
                   D: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
                   VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr, DQ_BY: gl.constexpr,
-                  ORDERED: gl.constexpr, ROUNDED: gl.constexpr, KEEP: gl.constexpr):
+                  ORDERED: gl.constexpr, ROUNDED: gl.constexpr, KEEP: gl.constexpr, D2: gl.constexpr):
     """Warpgroup number INDEX: 64 keys, their dK and dV in registers.
 
     DQ_BY 0: no dQ. 1: dS goes to the warpgroup of :func:`_compute_dq`. 2: these warpgroups themselves, 64 columns each,
     one tile late, so that none waits for the other's dS. ROUNDED: dS from P as it was rounded for dV; saves registers.
     KEEP: K stays in registers, which spares shared memory a read of it for each tile.
     """
+    PARTS: gl.constexpr = 2 if D2 else 1  # of each product
     # The order within a tile is what was fastest of those that were measured, see docs/hopper.md.
     AHEAD: gl.constexpr = DQ_BY == 1 or not ORDERED  # the next tile's lse is loaded while its S is multiplied
     # dP begins after the exponentials, and not beside them
@@ -133,7 +170,12 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     dtype: gl.constexpr = k_smem.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    # with D2 only 64 of a tile's columns and the D2 behind them are multiplied: the copy engine has added the others
+    WIDE: gl.constexpr = 64 if D2 else D
+    NARROW: gl.constexpr = D2 or D
+    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDE, 16])
+    D2_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
+                                                        instr_shape=[16, NARROW, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -142,13 +184,18 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
         cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED)
     if ok:
         first_key += INDEX * 64
-        k = k_smem.index(INDEX).reshape([64, D])
-        v = v_smem.index(INDEX).reshape([64, D])
+        k, k2 = _parts(k_smem.index(INDEX), PANEL, D, D2)
+        v, v2 = _parts(v_smem.index(INDEX), PANEL, D, D2)
         key = gl.expand_dims(first_key - offset + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
         row = gl.arange(0, 64, layout=ROW)
         zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
-        dk = gl.zeros([64, D], gl.float32, D_LAYOUT)
-        dv = gl.zeros([64, D], gl.float32, D_LAYOUT)
+        dk = gl.zeros([64, WIDE], gl.float32, D_LAYOUT)
+        dv = gl.zeros([64, WIDE], gl.float32, D_LAYOUT)
+        dk2 = dk
+        dv2 = dv
+        if D2:
+            dk2 = gl.zeros([64, D2], gl.float32, D2_LAYOUT)
+            dv2 = gl.zeros([64, D2], gl.float32, D2_LAYOUT)
         m, g, left, total = first_tile(course)
         slot = 0
         phase = 0
@@ -159,7 +206,10 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
         if DQ_BY == 2:
             k_panels = k_smem._reinterpret(dtype, [WARPGROUPS * (D // 64), 64, 64], PANEL)
             ds_panels = ds_smem._reinterpret(dtype, [BUFFERS * WARPGROUPS, 64, 64], PANEL)
-            offsets = DQ.to(gl.int64) + INDEX * 16384 + scratch_offsets(S_LAYOUT, 64)
+            DQ_COLUMNS: gl.constexpr = NARROW if D2 and INDEX else 64
+            DQ_LAYOUT: gl.constexpr = D2_LAYOUT if D2 and INDEX else S_LAYOUT
+            dq_zero = gl.zeros([64, DQ_COLUMNS], gl.float32, DQ_LAYOUT)
+            offsets = DQ.to(gl.int64) + INDEX * 16384 + scratch_offsets(DQ_LAYOUT, DQ_COLUMNS)
             # a dS of zeros stands for the tile before the first
             before = tile0 + g * head_rows + m
             ds_smem.index(INDEX).store(gl.zeros([64, 64], dtype, S_LAYOUT))
@@ -171,26 +221,28 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
             k_operand = hold_half(k.load(K_LAYOUT))
         # S of the first tile; from then on each turn starts the next one's
         mbarrier.wait(q_ready.index(0), 0, pred=total > 0)
-        s = warpgroup_mma(k_operand, q_smem.index(0).reshape([64, D]).permute((1, 0)), zero, use_acc=False,
-                          is_async=True)
+        q_first, q2_first = _parts(q_smem.index(0), PANEL, D, D2)
+        s = _start_scores(k_operand, k2, q_first, q2_first, zero, D2)
         if AHEAD:
             lse2 = lse_smem.index(0).load(ROW)
         s = warpgroup_mma_wait(0, deps=[s])
         for i in range(total):
-            q = q_smem.index(slot).reshape([64, D])
-            do = do_smem.index(slot).reshape([64, D])
+            q, q2 = _parts(q_smem.index(slot), PANEL, D, D2)
+            do, do2 = _parts(do_smem.index(slot), PANEL, D, D2)
             if not LATE:
-                dp = _start_dp(v, do, do_ready.index(slot), phase, zero)
+                mbarrier.wait(do_ready.index(slot), phase)
+                dp = _start_scores(v, v2, do, do2, zero, D2)
             if not AHEAD:
                 lse2 = lse_smem.index(slot).load(ROW)
             p = probabilities(s, lse2, key, row, m, first_key - offset, window, scale_log2, WINDOW)
             p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
             if LATE:
-                dp = _start_dp(v, do, do_ready.index(slot), phase, zero)
-            dv = warpgroup_mma(p16, do, dv, is_async=True)
+                mbarrier.wait(do_ready.index(slot), phase)
+                dp = _start_scores(v, v2, do, do2, zero, D2)
+            dv, dv2 = _start_sum(p16, do, do2, dv, dv2, D2)
             if DQ_BY == 1:
                 delta = delta_smem.index(slot).load(ROW)
-            dp = warpgroup_mma_wait(1, deps=[dp])
+            dp = warpgroup_mma_wait(PARTS, deps=[dp])
             if ROUNDED:
                 p = gl.convert_layout(p16, S_LAYOUT).to(gl.float32)
             if DQ_BY != 1:
@@ -207,26 +259,26 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
                 fence_async_shared()
                 barrier_arrive(ds_ready + ((i + 1) & 3), True)
             ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
-            dk = warpgroup_mma(ds, q, dk, is_async=True)
+            dk, dk2 = _start_sum(ds, q, q2, dk, dk2, D2)
             current = tile0 + g * head_rows + m
             m, g, left = next_tile(m, g, left, course, TOGETHER)
             following, following_phase = advance(slot, phase, STAGES)
             if DQ_BY == 2:
                 barrier_wait(ds_ready + (i & 3), (i >> 2) & 1)
-                dq = _dq_product(ds_panels, k_panels, i & 3, zero, INDEX, WARPGROUPS, D)
+                dq = _dq_product(ds_panels, k_panels, i & 3, dq_zero, INDEX, WARPGROUPS, D)
                 mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
-                dv, dk = warpgroup_mma_wait(WARPGROUPS, deps=[dv, dk])
+                dv, dv2, dk, dk2 = _ended(dv, dv2, dk, dk2, WARPGROUPS, D2)
             else:
                 mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
             if DQ_BY == 2:
                 hold_half(p16)
                 hold_half(ds)
-            s = warpgroup_mma(k_operand, q_smem.index(following).reshape([64, D]).permute((1, 0)), zero,
-                              use_acc=False, is_async=True)
+            q_next, q2_next = _parts(q_smem.index(following), PANEL, D, D2)
+            s = _start_scores(k_operand, k2, q_next, q2_next, zero, D2)
             if DQ_BY == 2:
                 barrier_arrive(do_empty + slot, True)
                 barrier_arrive(q_empty + slot, True)
-                dq = warpgroup_mma_wait(1, deps=[dq])
+                dq = warpgroup_mma_wait(PARTS, deps=[dq])
                 if ORDERED:
                     barrier_wait(turn + i % TURNS, i // TURNS & 1)
                 scratch_add_64(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
@@ -234,7 +286,7 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
                     barrier_arrive(added + i % TURNS, True)
                 before = current
             else:
-                dv, dk = warpgroup_mma_wait(1, deps=[dv, dk])
+                dv, dv2, dk, dk2 = _ended(dv, dv2, dk, dk2, PARTS, D2)
                 hold_half(p16)
                 hold_half(ds)
                 barrier_arrive(do_empty + slot, True)
@@ -247,7 +299,7 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
             phase = following_phase
         if DQ_BY == 2:
             barrier_wait(ds_ready + (total & 3), (total >> 2) & 1)
-            dq = _dq_product(ds_panels, k_panels, total & 3, zero, INDEX, WARPGROUPS, D)
+            dq = _dq_product(ds_panels, k_panels, total & 3, dq_zero, INDEX, WARPGROUPS, D)
             dq = warpgroup_mma_wait(0, deps=[dq])
             if total > 0:
                 if ORDERED:
@@ -256,21 +308,30 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
                 if ORDERED:
                     barrier_arrive(added + total % TURNS, True)
         dk *= scale
+        dk2 *= scale
         if SPLIT > 1:
             at = (place * WARPGROUPS + INDEX).to(gl.int64) * (2 * 64 * D * 4)
-            pointer = Sums.to(gl.int64) + at + scratch_offsets(D_LAYOUT, D)
+            pointer = Sums.to(gl.int64) + at + scratch_offsets(D_LAYOUT, WIDE)
             scratch_put(pointer, dk)
             scratch_put(pointer + 64 * D * 4, dv)
+            if D2:
+                pointer2 = Sums.to(gl.int64) + at + 16384 + scratch_offsets(D2_LAYOUT, D2)
+                scratch_put(pointer2, dk2)
+                scratch_put(pointer2 + 64 * D * 4, dv2)
         else:
             k_b, k_row = place_of(b, start_k, len_k, VARLEN)
             # V of this warpgroup is read by nobody else: dV, then dK, leave through its place
             v.store(dv.to(dtype))
+            if D2:
+                v2.store(dv2.to(dtype))
             fence_async_shared()
             gl.thread_barrier()
             store_block(dv_desc, k_b, k_row + first_key, head, 0, v_smem.index(INDEX))
             tma.store_wait(0)
             gl.thread_barrier()
             v.store(dk.to(dtype))
+            if D2:
+                v2.store(dk2.to(dtype))
             fence_async_shared()
             gl.thread_barrier()
             store_block(dk_desc, k_b, k_row + first_key, head, 0, v_smem.index(INDEX))
@@ -324,7 +385,7 @@ def hopper_bwd_keys_kernel(
     GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr, BUFFERS: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr,
     DQ_BY: gl.constexpr, ORDERED: gl.constexpr, ROUNDED: gl.constexpr, REGISTERS: gl.constexpr,
-    DQ_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, KEEP: gl.constexpr,
+    DQ_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, KEEP: gl.constexpr, D2: gl.constexpr,
 ):
     """One program per 64 * WARPGROUPS keys of a key head, and with SPLIT one for each share of the query heads.
 
@@ -334,7 +395,8 @@ def hopper_bwd_keys_kernel(
     64 [batch, head, row / 64, column / 64]. Turn: with ORDERED, int32 zeros, one for each 64 rows of
     DQ: how many tiles of keys have added to them. Lse2, Delta: float32 (batch, heads_q, rows), a packed
     batch (heads_q, rows) with sequence i from row (start_i // 64 + i) * 64 on; +inf and 0 beyond a sequence.
-    Part, DSinks: where given, the programs sum each head's ``slots`` parts.
+    Part, DSinks: where given, the programs sum each head's ``slots`` parts. D2: 0, or at head dim 96 the 32 columns of
+    it behind the first 64: only those of D = 128 are multiplied.
     """
     dtype: gl.constexpr = q_desc.dtype
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -398,10 +460,10 @@ def hopper_bwd_keys_kernel(
         gl.warp_specialize([
             (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP)),
+              ORDERED, ROUNDED, KEEP, D2)),
             (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP)),
+              ORDERED, ROUNDED, KEEP, D2)),
             (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
               WINDOW, TOGETHER, ORDERED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
@@ -415,10 +477,10 @@ def hopper_bwd_keys_kernel(
         gl.warp_specialize([
             (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP)),
+              ORDERED, ROUNDED, KEEP, D2)),
             (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP)),
+              ORDERED, ROUNDED, KEEP, D2)),
             (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
               WINDOW, TOGETHER, ORDERED)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
@@ -428,7 +490,7 @@ def hopper_bwd_keys_kernel(
         gl.warp_specialize([
             (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP)),
+              ORDERED, ROUNDED, KEEP, D2)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
         ], [1], [LOADER_REGISTERS])
@@ -436,10 +498,10 @@ def hopper_bwd_keys_kernel(
         gl.warp_specialize([
             (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP)),
+              ORDERED, ROUNDED, KEEP, D2)),
             (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP)),
+              ORDERED, ROUNDED, KEEP, D2)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
@@ -451,10 +513,10 @@ def hopper_bwd_keys_kernel(
         gl.warp_specialize([
             (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP)),
+              ORDERED, ROUNDED, KEEP, D2)),
             (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
               scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP)),
+              ORDERED, ROUNDED, KEEP, D2)),
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
         ], [4, 1], [REGISTERS, LOADER_REGISTERS])

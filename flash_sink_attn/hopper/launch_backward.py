@@ -229,6 +229,7 @@ def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) 
         "TOGETHER": accumulates and not c.window, "DQ_BY": (1 if c.width == 64 else 2) if accumulates else 0,
         "ORDERED": turn is not None, "ROUNDED": not accumulates or c.width > 64,
         "REGISTERS": registers, "DQ_REGISTERS": dq_registers, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
+        "D2": split_head_dim(c.q.shape[-1])[1],
     }, config.maxnreg or maxnreg, dependent=True)
     return compiled, sums
 
