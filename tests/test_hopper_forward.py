@@ -85,7 +85,7 @@ def test_windows(worker: Worker, family: str, window: int) -> None:
 @needs_hopper
 @pytest.mark.parametrize("seqlens_k", [(), (70, 2, 0, 63, 300, 64, 65, 3, 129)])
 @pytest.mark.parametrize("family", ["64", "64-packed", "64-window", "64-window-tokens", "96", "128", "128-window",
-                                    "192", "256"])
+                                    "128-three-two-tiles", "192", "256"])
 def test_varlen(worker: Worker, family: str, seqlens_k: tuple[int, ...]) -> None:
     """Empty sequences, and lengths on both sides of a tile; NaN and infinities in one may not reach the next."""
     of, window = FAMILIES[family]
@@ -134,12 +134,25 @@ def test_more_tiles_than_programs(worker: Worker, family: str) -> None:
 
 
 @needs_hopper
-@pytest.mark.parametrize("family", ["64", "64-four-two-tiles", "64-packed", "64-window", "64-window-two-heads", "128",
-                                    "128-two-tiles", "128-window", "128-window-tokens", "192-heads", "256"])
+@pytest.mark.parametrize("family", ["64", "64-four-two-tiles", "64-three-two-tiles", "64-packed", "64-window",
+                                    "64-window-two-heads", "128", "128-two-tiles", "128-three-two-tiles", "128-alone",
+                                    "128-window", "128-window-tokens", "192-heads", "256"])
 def test_more_tiles_of_a_packed_batch_than_programs(worker: Worker, family: str) -> None:
     """Tiles are drawn, and some slots are for none; the last draws of all programs find nothing."""
     of, window = FAMILIES[family]
     judge(worker, case(of, heads_kv=4, seqlens=(1150, 3, 0, 700, 64, 1, 129, 0) * 3, window=window))
+
+
+@needs_hopper
+@pytest.mark.parametrize("window", [100, 300])
+@pytest.mark.parametrize("config", [HopperFwdConfig(192, 64, 2, PROGRAMS_PER_SM=1),
+                                    HopperFwdConfig(192, 32, 4, PROGRAMS_PER_SM=1),
+                                    HopperFwdConfig(256, 64, 3, PROGRAMS_PER_SM=1)], ids=["192x64", "192x32", "256x64"])
+def test_rings_that_hold_no_more_than_what_a_warpgroup_passes_on(worker: Worker, config: HopperFwdConfig,
+                                                                 window: int) -> None:
+    """Blocks that only the other warpgroups of a packed batch's tile see fill all slots: were the next tile waited for
+    before they are handed back, loader and warpgroups would wait for each other."""
+    judge(worker, case((64, 64, config), heads_kv=4, seqlens=(1150, 3, 0, 700, 64, 1, 129, 0) * 3, window=window))
 
 
 @needs_hopper

@@ -91,7 +91,10 @@ def entry(config: Any, measured: ShapeKey) -> Entry:
     (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, maxnreg=80), WINDOW._replace(window=500), WINDOW, False),
     (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, maxnreg=80), WINDOW, WINDOW._replace(window=100), True),
     (LARGE, tokens(WIDE, 8192), WIDE, True),
-    (HopperFwdConfig(64, 64), WIDE._replace(window=512), WIDE._replace(window=1024), False),
+    # small tiles end at another window at head dim 128
+    (HopperFwdConfig(64, 64), WIDE._replace(window=500), WIDE._replace(window=512), False),
+    (HopperFwdConfig(192, 64, 3, SHARE_Q=True), WIDE._replace(window=512), WIDE._replace(window=1024), True),
+    (HopperFwdConfig(64, 64), WINDOW._replace(window=500), WINDOW._replace(window=1000), True),
 ])
 def test_what_is_lent(config: Any, measured: ShapeKey, key: ShapeKey, lent: bool) -> None:
     assert lends(entry(config, measured), key) is lent
