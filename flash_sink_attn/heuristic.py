@@ -21,12 +21,13 @@ from flash_sink_attn.regimes import (
     few_tiles,
     fits_ring,
     idles,
+    large_tile,
     loads_itself,
     packs_alone,
     portable_window,
     short_window,
     small_dims,
-    tiles_of_192,
+    splits_heads,
     wants_more_at_once,
 )
 from flash_sink_attn.tuned_table import ShapeKey
@@ -43,15 +44,16 @@ PREFER_HOPPER: frozenset[tuple[Pass, int, int, bool]] = frozenset(
 # Tried in order until the validity rule accepts one.
 _HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1), HopperFwdConfig(128, 64, SHARE_Q=True),
                HopperFwdConfig(128, 64), HopperFwdConfig(64, 64))
-# A second tile of q: 0.5 to 2% at 1024 to 8192 tokens, causal, of one length.
-_HOPPER_FWD_128 = (HopperFwdConfig(128, 128, Q_STAGES=2, PROGRAMS_PER_SM=1),)
-# Of 192 rows, which read K and V less often: 0.96 and 0.98 of the time of 128 with 8192 and 16384 tokens, 1.00 to 1.03
-# with 2048 and 4096; under windows of 512 to 4096 0.85 to 0.93 of the best of the others.
-_HOPPER_FWD_128_LONG = (HopperFwdConfig(192, 64, 4, SHARE_Q=True, PROGRAMS_PER_SM=1),)
-_HOPPER_FWD_128_WINDOW = (HopperFwdConfig(192, 64, 3, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=1),)
-_LONG_ROWS = 6144
-_HOPPER_FWD_192 = (HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1),)
-_HOPPER_FWD_256 = (HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1),)
+# Large tiles, without a window and with one; at head dim 128 those of 192 rows, at 64 those of 128 keys among them. A
+# second tile of q took 0.5 to 2% from 128 x 128 at 1024 to 8192 tokens, 1 to 3% from 256 x 64 under windows.
+_HOPPER_FWD_LARGE: dict[tuple[int, int], tuple[HopperFwdConfig, HopperFwdConfig]] = {
+    (128, 128): (HopperFwdConfig(128, 128, Q_STAGES=2, PROGRAMS_PER_SM=1),) * 2,
+    (192, 64): (HopperFwdConfig(192, 64, 4, SHARE_Q=True, PROGRAMS_PER_SM=1),
+                HopperFwdConfig(192, 64, 3, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=1)),
+    (192, 128): (HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1),) * 2,
+    (256, 64): (HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1),
+                HopperFwdConfig(256, 64, 4, Q_STAGES=2, PROGRAMS_PER_SM=1)),
+}
 _HOPPER_FWD_WINDOW = (HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2),
                       HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2))
 _HOPPER_FWD_ALONE = (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False),)
@@ -162,7 +164,7 @@ def _portable(kernel: Kernel, key: ShapeKey, limits: Limits) -> TileConfig:
         candidates = (*(_WINDOW_SMALL_DIM[kernel] if small else ()), *_WINDOW[kernel], *candidates)
     candidates = (*_for_this_size(kernel, key, small), *candidates)
     for config in candidates:
-        if _fits(config, kernel, key, limits):
+        if _fits(config, kernel, key, limits) and not splits_heads(config, key):
             return config
     return dataclasses.replace(candidates[-1], num_stages=1)
 
@@ -182,19 +184,9 @@ def _hopper_forwards(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
         special = tuple(c for c in special if not idles(c, key) and (not c.HEADS or fits_ring(c, key.window)) and (
             c.PACK_HEADS or group_of(key) % max(1, c.HEADS) == 0))  # else heads that are not there take their time
     else:
-        special = _large_tiles(key)
+        tile = large_tile(key)
+        special = () if tile is None else (_HOPPER_FWD_LARGE[tile][key.window is not None],)
     return (*special, *_HOPPER_FWD)
-
-
-def _large_tiles(key: ShapeKey) -> tuple[HopperFwdConfig, ...]:
-    """Of a forward with no window or a long one."""
-    if small_dims(key):
-        return _HOPPER_FWD_192 if tiles_of_192(key) else _HOPPER_FWD_256
-    if (key.head_dim, key.head_dim_v) != (128, 128):
-        return ()
-    if key.window is not None:
-        return _HOPPER_FWD_128_WINDOW
-    return _HOPPER_FWD_128_LONG if key.seqlen_k >= _LONG_ROWS else _HOPPER_FWD_128
 
 
 def _hopper_backwards(key: ShapeKey, deterministic: bool) -> tuple[HopperBwdConfig, ...]:

@@ -25,14 +25,20 @@ from flash_sink_attn.tuned_table import Entry, ShapeKey
 # An entry of another shape is used where its kind is at most so much slower by the estimate than the best one.
 _NEAR = 1.01
 _MOST_SHARES = 16
-# Forward tiles at head dims up to 64 between which the estimate decides, and from what on: what it cannot tell apart,
+# Forward tiles by head dims between which the estimate decides, and from what on: what it cannot tell apart,
 # measurements of a near shape do.
-_LARGE_TILES = ((192, 128), (256, 64))
+_LARGE_TILES = {(64, 64): ((192, 128), (256, 64)), (128, 128): ((128, 128), (192, 64))}
 _LARGE_NEAR = 1.01
-# From here on most blocks of keys need no mask, and large tiles read them less often. At head dim 128 with a window of
-# 512 192 rows took 0.99 and 0.93 of the time of 64 (28/4 and 64/8 heads, 8192 tokens).
-_SHORT_WINDOW = 1024
-_SHORT_WINDOW_128 = 512
+# What a pair of a query and a key costs in a tile, of what it costs in the others: without a window, and with one. An
+# H200: with 64/8, 48/6 and 60/12 heads x 128, 1420 to 8192 tokens, 192 x 64 took 0.934 to 0.952 of the time that the
+# rounds let expect, and under windows of 1024 and 4096 with 28/4 heads 0.83 and 0.87; 256 x 64 with 64/8 x 64 under
+# windows of 1024, 2048 and 4096 0.88, 0.94 and 0.97.
+_PAIRS = {(192, 64): (0.94, 0.85), (256, 64): (1.0, 0.92)}
+# From here on, by head dims, most blocks of keys need no mask, and large tiles read them less often. At head dim 128 with
+# 8192 tokens and a window of 512 192 x 64 took 0.99 and 0.93 of the time of 64 rows (28/4 and 64/8 heads); at 64 small
+# tiles took 0.95 of 256 x 64 with 512, and by arithmetic 1.2 with 1024. Of other head dims little is known.
+_SHORT_WINDOW = {(64, 64): 704, (128, 128): 512}
+_SHORT_WINDOW_OTHERS = 1024
 _SHORT_SEQUENCE = 2048  # see few_tiles
 _FEW_KEYS = 2304  # in a sequence, see loads_itself
 # 64-row tiles of the portable forward at head dim 64, without a window, between which more programs at once are worth
@@ -52,14 +58,27 @@ def small_dims(key: ShapeKey) -> bool:
 
 def short_window(key: ShapeKey) -> bool:
     """Whether the forward takes small tiles, several programs of which share a multiprocessor."""
-    least = _SHORT_WINDOW_128 if (key.head_dim, key.head_dim_v) == (128, 128) else _SHORT_WINDOW
-    return key.window is not None and key.window < least
+    return key.window is not None and key.window < _SHORT_WINDOW.get(_dims(key), _SHORT_WINDOW_OTHERS)
 
 
-def tiles_of_192(key: ShapeKey) -> bool:
-    """Whether a forward at head dims up to 64, with no window or a long one, is faster with tiles of 192 x 128 than
-    with 256 x 64."""
-    return rows_time(key, 192, 128) < rows_time(key, 256, 64)
+def _dims(key: ShapeKey) -> tuple[int, int]:
+    """The head dims, small ones as 64."""
+    return (64, 64) if small_dims(key) else (key.head_dim, key.head_dim_v)
+
+
+def _tiles_of(key: ShapeKey) -> tuple[tuple[int, int], ...]:
+    """The large tiles between which the estimate decides, none where it does not."""
+    return _LARGE_TILES.get(_dims(key), ())
+
+
+def _large_time(key: ShapeKey, tile: tuple[int, int]) -> float:
+    """Of a forward with large tiles, comparable among those of :func:`_tiles_of`."""
+    return rows_time(key, *tile) * _PAIRS.get(tile, (1.0, 1.0))[hides_keys(key)]
+
+
+def large_tile(key: ShapeKey) -> tuple[int, int] | None:
+    """The fastest tile of a forward with no window or a long one by the estimate, (query rows, keys of a block)."""
+    return min(_tiles_of(key), key=lambda tile: _large_time(key, tile), default=None)
 
 
 def packs(key: ShapeKey) -> bool:
@@ -211,7 +230,8 @@ def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
     config, measured = entry.config, entry.key
     if isinstance(config, TileConfig):
         return entry.kernel != "fwd" or (
-            wants_more_at_once(measured) == wants_more_at_once(key) and not _too_narrow(config, key))
+            wants_more_at_once(measured) == wants_more_at_once(key) and not _too_narrow(config, key)
+            and not splits_heads(config, key))
     if isinstance(config, HopperFwdConfig):
         if config.HEADS and fits_ring(config, measured.window) != fits_ring(config, key.window):
             return False
@@ -225,11 +245,18 @@ def lends(entry: Entry, key: ShapeKey, deterministic: bool = False) -> bool:
             # (where it hides nothing, rows are as different as without a window)
             same = short_window(measured) == short_window(key) and hides_keys(measured) == hides_keys(key)
             return same and (config.PACK_HEADS > 0 or packs(measured) == packs(key))
-        if not small_dims(key) or (config.BLOCK_M, config.BLOCK_N) not in _LARGE_TILES:
+        tile, best = (config.BLOCK_M, config.BLOCK_N), large_tile(key)
+        if best is None or tile not in _tiles_of(key):
             return True
-        best = min(rows_time(key, *tile) for tile in _LARGE_TILES)
-        return rows_time(key, config.BLOCK_M, config.BLOCK_N) <= _LARGE_NEAR * best
+        return _large_time(key, tile) <= _LARGE_NEAR * _large_time(key, best)
     return _lends_backward(config, key, deterministic)
+
+
+def splits_heads(config: TileConfig, key: ShapeKey) -> bool:
+    """Whether a packed tile of the portable forward ends within a token's heads while q stays in registers: pointers,
+    and not the copy engine, then load q. It took 1.16 to 1.29 of the time with q in shared memory (35/5 and 42/6 heads
+    x 64, windows of 104 and 225)."""
+    return config.PACK_GQA and config.REGISTER_A and config.BLOCK_M % group_of(key) > 0
 
 
 def _too_narrow(config: TileConfig, key: ShapeKey) -> bool:

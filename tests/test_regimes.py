@@ -94,7 +94,15 @@ def entry(config: Any, measured: ShapeKey) -> Entry:
     # small tiles end at another window at head dim 128
     (HopperFwdConfig(64, 64), WIDE._replace(window=500), WIDE._replace(window=512), False),
     (HopperFwdConfig(192, 64, 3, SHARE_Q=True), WIDE._replace(window=512), WIDE._replace(window=1024), True),
-    (HopperFwdConfig(64, 64), WINDOW._replace(window=500), WINDOW._replace(window=1000), True),
+    (HopperFwdConfig(64, 64), WINDOW._replace(window=500), WINDOW._replace(window=700), True),
+    (HopperFwdConfig(64, 64), WINDOW._replace(window=500), WINDOW._replace(window=710), False),
+    # 4950 rows are 25.8 tiles of 192, 4096 are 21.3
+    (HopperFwdConfig(128, 128, Q_STAGES=2, PROGRAMS_PER_SM=1), WIDE, tokens(WIDE, 4950), False),
+    (HopperFwdConfig(192, 64, 4, SHARE_Q=True, PROGRAMS_PER_SM=1), tokens(WIDE, 8192), tokens(WIDE, 4950), True),
+    (HopperFwdConfig(192, 64, 4, SHARE_Q=True, PROGRAMS_PER_SM=1), tokens(WIDE, 8192), WIDE, False),
+    # seven heads do not fill a packed tile
+    (TileConfig(64, 64, PACK_GQA=True, REGISTER_A=True), WINDOW, WINDOW._replace(heads_q=56), False),
+    (TileConfig(64, 64, PACK_GQA=True), WINDOW, WINDOW._replace(heads_q=56), True),
 ])
 def test_what_is_lent(config: Any, measured: ShapeKey, key: ShapeKey, lent: bool) -> None:
     assert lends(entry(config, measured), key) is lent
@@ -197,7 +205,12 @@ def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
     ("hopper_fwd", tokens(CAUSAL, 8192), HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1)),
     ("hopper_fwd", tokens(CAUSAL, 5150), LARGE), ("hopper_fwd", tokens(CAUSAL, 3450, heads_q=28, heads_kv=28), LARGE),
     ("hopper_fwd", CAUSAL, HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1)),
-    ("hopper_fwd", WINDOW._replace(window=2048), HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1)),
+    ("hopper_fwd", WINDOW._replace(window=2048), HopperFwdConfig(256, 64, 4, Q_STAGES=2, PROGRAMS_PER_SM=1)),
+    ("hopper_fwd", tokens(WIDE, 8192), HopperFwdConfig(192, 64, 4, SHARE_Q=True, PROGRAMS_PER_SM=1)),
+    ("hopper_fwd", WIDE._replace(window=512),
+     HopperFwdConfig(192, 64, 3, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=1)),
+    ("fwd", WINDOW._replace(heads_q=56), TileConfig(64, 32, 4, 3, PACK_GQA=True, SPLIT_LOOPS=False, TMA=True, TAIL_N=16,
+                                                    BRANCH_MASKS=True)),
     ("hopper_fwd", WINDOW, PACKED),
     ("hopper_fwd", tokens(WINDOW, 1024), HopperFwdConfig(64, 64, 3, Q_STAGES=2, HEADS=1, PACK_HEADS=4, maxnreg=80)),
     ("hopper_fwd", WINDOW._replace(window=256),
