@@ -34,9 +34,9 @@ _LARGE_NEAR = 1.01
 # rounds let expect, and under windows of 1024 and 4096 with 28/4 heads 0.83 and 0.87; 256 x 64 with 64/8 x 64 under
 # windows of 1024, 2048 and 4096 0.88, 0.94 and 0.97.
 _PAIRS = {(192, 64): (0.94, 0.85), (256, 64): (1.0, 0.92)}
-# From here on, by head dims, most blocks of keys need no mask, and large tiles read them less often. At head dim 128 with
-# 8192 tokens and a window of 512 192 x 64 took 0.99 and 0.93 of the time of 64 rows (28/4 and 64/8 heads); at 64 small
-# tiles took 0.95 of 256 x 64 with 512, and by arithmetic 1.2 with 1024. Of other head dims little is known.
+# From here on, by head dims, most blocks of keys need no mask, and large tiles read them less often. With 8192 tokens
+# and a window of 512 192 x 64 took 0.99 and 0.93 of the time of 64 rows at head dim 128 (28/4 and 64/8 heads); at 64
+# small tiles took 0.95 of 256 x 64 with 512, and by arithmetic 1.2 with 1024. Of other head dims little is known.
 _SHORT_WINDOW = {(64, 64): 704, (128, 128): 512}
 _SHORT_WINDOW_OTHERS = 1024
 _SHORT_SEQUENCE = 2048  # see few_tiles

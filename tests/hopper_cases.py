@@ -150,6 +150,7 @@ FAMILIES: dict[str, tuple[tuple[int, int, HopperFwdConfig], int | None]] = {
     "128-window-tokens": ((128, 128, HopperFwdConfig(64, 64, 2, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2)), 256),
     "128-alone": ((128, 128, HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False)), 256),
     "192": (MIMO, 128),
+    "192-three-warpgroups": ((192, 128, HopperFwdConfig(192, 64, 3, SHARE_Q=True, PROGRAMS_PER_SM=1)), None),
     "192-heads": ((192, 128, HopperFwdConfig(128, 64, 3, HEADS=4, SHARE_Q=True, PROGRAMS_PER_SM=1)), 128),
     "256": (WIDE, None),
 }

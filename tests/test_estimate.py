@@ -109,7 +109,7 @@ def test_other_sections_cost_what_they_have_beyond_l2() -> None:
     (8192, 1024, 845), (8192, 2048, 1393), (8192, 4096, 2283), (16384, 4096, 4971),
 ])
 def test_in_one_order_under_a_window(tokens: int, window: int, us: float) -> None:
-    """64/8 heads x 64, all shares in one section: results/h200/20261129T112435Z-board."""
+    """64/8 heads x 64, all shares in one section: results/h200/20261129T112435Z-board, in commit 4cab03a."""
     key = ShapeKey.fixed("bfloat16", 64, 64, 64, 8, window, 1, tokens, tokens)
     assert microseconds(key, Kind(HopperBwdForm.ACCUMULATE, 1), True) == pytest.approx(us, rel=0.06)
 
