@@ -47,9 +47,11 @@ _HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1),
                HopperFwdConfig(192, 64, 3, SHARE_Q=True, PROGRAMS_PER_SM=1), HopperFwdConfig(128, 64, SHARE_Q=True),
                HopperFwdConfig(128, 64), HopperFwdConfig(64, 64))
 # Large tiles, without a window and with one; at head dim 128 those of 192 rows, at 64 those of 128 keys among them. A
-# second tile of q took 0.5 to 2% from 128 x 128 at 1024 to 8192 tokens, 1 to 3% from 256 x 64 under windows.
+# second tile of q took 0.5 to 2% from 128 x 128 at 1024 to 8192 tokens (under windows it cost 6 to 9%), 1 to 3% from
+# 256 x 64 under windows.
 _HOPPER_FWD_LARGE: dict[tuple[int, int], tuple[HopperFwdConfig, HopperFwdConfig]] = {
-    (128, 128): (HopperFwdConfig(128, 128, Q_STAGES=2, PROGRAMS_PER_SM=1),) * 2,
+    (128, 128): (HopperFwdConfig(128, 128, Q_STAGES=2, PROGRAMS_PER_SM=1),
+                 HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1)),
     (192, 64): (HopperFwdConfig(192, 64, 4, SHARE_Q=True, PROGRAMS_PER_SM=1),
                 HopperFwdConfig(192, 64, 3, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=1)),
     (192, 128): (HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1),) * 2,

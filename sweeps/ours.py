@@ -254,7 +254,7 @@ class Hopper(Ours):
         if not case.window or case.window >= 512:
             found += [HopperFwdConfig(m, n, stages, SHARE_Q=share, PROGRAMS_PER_SM=1)
                       for m, n, stages in ((192, 128, 2), (192, 128, 3), (256, 64, 4), (192, 64, 4), (128, 128, 2),
-                                           (128, 64, 2))
+                                           (192, 64, 3), (128, 64, 2))
                       for share in (False, True)]
             found += [HopperFwdConfig(192, 64, 6 if small else 3, 2, SHARE_Q=not small, PROGRAMS_PER_SM=1)]
         found += [HopperFwdConfig(64, 64, PROGRAMS_PER_SM=4, maxnreg=128, LOADER=False) if small else

@@ -38,6 +38,7 @@ FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
     "64-ordered-window": (64, ORDERED_64, 256),
     "96-ordered": (96, ORDERED_128, None),
     "96-window": (96, dataclasses.replace(ACCUMULATE_128, num_stages=3), 300),
+    "96-ordered-window": (96, ORDERED_128, 300),
     "96-split": (96, dataclasses.replace(ACCUMULATE_128, SPLIT_GROUP=2), None),
     "128-ordered": (128, ORDERED_128, None),
     "128-ordered-window": (128, ORDERED_128, 300),

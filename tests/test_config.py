@@ -188,7 +188,6 @@ def test_the_rule_for_the_hopper_kernels() -> None:
     (HopperFwdConfig(64, 256), {}, "BLOCK_N must be"), (HopperFwdConfig(320, 64), {}, "BLOCK_M must be"),
     (HopperFwdConfig(64, 64, Q_STAGES=5), {}, "Q_STAGES must be"),
     (HopperFwdConfig(64, 64, 1), {}, "num_stages must be at least 2"),
-    # the first of several warpgroups passes on blocks that only the last one sees
     (HopperFwdConfig(256, 64, 4, maxnreg=104), {"head_dim": 64}, "maxnreg must be at most 96 with 20 warps, got 104"),
     (HopperFwdConfig(64, 64, PROGRAMS_PER_SM=9), {}, "PROGRAMS_PER_SM must be"),
     (HopperFwdConfig(192, 128, 3), {}, None), (HopperFwdConfig(192, 128, 3), {"head_dim": 128}, "accumulators need"),

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"the Hopper kernels
 # By name: every family, and packed batches of some, which take more registers.
 CASES = {name: case(of, seqlen_q=4096, window=window) for name, (of, window) in FAMILIES.items()}
 CASES |= {f"{name}-varlen": case(FAMILIES[name][0], seqlens=(4096, 100), window=FAMILIES[name][1])
-          for name in ("64", "64-window", "128", "128-window-tokens", "192")}
+          for name in ("64", "64-window", "96", "128", "128-alone", "128-window-tokens", "192")}
 # Where the assembler puts the exponentials behind the wait for O, so that one warpgroup overlaps nothing; where several
 # programs or more warpgroups share a multiprocessor the others fill in. What gets better has to leave these lists.
 WITHOUT_OVERLAP = {"64-four-warpgroups", "64-four-two-tiles", "64-window", "128-window", "128-three-two-tiles"}

@@ -22,7 +22,7 @@ LIKE_ANOTHER = {"64-ordered-split", "64-split-four-window", "128-split-four", "6
                 "128-recompute-split-four"}
 # By name: every family, and of some what takes more registers or another way through the code.
 CASES = {name: case(of, seqlen_q=4096, group=8) for name, of in FAMILIES.items() if name not in LIKE_ANOTHER}
-for _name in ("64", "128", "64-recompute", "128-recompute", "64-slide", "192", "256"):
+for _name in ("64", "96", "128", "64-recompute", "128-recompute", "64-slide", "192", "256"):
     CASES[f"{_name}-varlen"] = case(FAMILIES[_name], seqlens=(4096, 100), group=8)
 for _name in ("128", "128-recompute", "192"):
     CASES[f"{_name}-own-keys"] = case(FAMILIES[_name], seqlens=(4096, 100), seqlens_k=(4000, 300), group=7, dlse=True)

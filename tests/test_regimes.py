@@ -93,6 +93,11 @@ def entry(config: Any, measured: ShapeKey) -> Entry:
     (LARGE, tokens(WIDE, 8192), WIDE, True),
     # small tiles end at another window at head dim 128
     (HopperFwdConfig(64, 64), WIDE._replace(window=500), WIDE._replace(window=512), False),
+    (HopperFwdConfig(64, 64), tokens(WIDE, 8192, window=512), tokens(WIDE, 8192, window=1024), False),
+    # large ones that win under a short window, and shorter and longer ones
+    (HopperFwdConfig(192, 64, 3), tokens(WIDE, 32768, window=256), tokens(WIDE, 32768, window=128), False),
+    (HopperFwdConfig(192, 64, 3), tokens(WIDE, 32768, window=256), tokens(WIDE, 32768, window=300), True),
+    (HopperFwdConfig(128, 64, 5, HEADS=4), tokens(WIDE, 8192, window=256), tokens(WIDE, 8192, window=200), True),
     (HopperFwdConfig(192, 64, 3, SHARE_Q=True), WIDE._replace(window=512), WIDE._replace(window=1024), True),
     (HopperFwdConfig(64, 64), WINDOW._replace(window=500), WINDOW._replace(window=700), True),
     (HopperFwdConfig(64, 64), WINDOW._replace(window=500), WINDOW._replace(window=710), False),
