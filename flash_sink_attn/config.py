@@ -125,6 +125,11 @@ class TileConfig(_Config):
     TAIL_N: int = 0
     BRANCH_MASKS: bool = False
 
+    def whole_tokens(self, group: int) -> bool:
+        """Whether a tile of query rows ends with a token's last head, so that one copy can load it: not where the
+        ``group`` heads that it packs do not divide it."""
+        return not self.PACK_GQA or self.BLOCK_M % group == 0
+
 
 @_with_fields
 @dataclasses.dataclass(frozen=True)

@@ -263,7 +263,7 @@ def splits_heads(config: TileConfig, key: ShapeKey) -> bool:
     """Whether a packed tile of the portable forward ends within a token's heads while q stays in registers: pointers,
     and not the copy engine, then load q. It took 1.16 to 1.29 of the time with q in shared memory (35/5 and 42/6 heads
     x 64, windows of 104 and 225)."""
-    return config.PACK_GQA and config.REGISTER_A and config.BLOCK_M % group_of(key) > 0
+    return config.REGISTER_A and not config.whole_tokens(group_of(key))
 
 
 def _too_narrow(config: TileConfig, key: ShapeKey) -> bool:

@@ -136,6 +136,13 @@ def test_an_unknown_card_gets_the_smallest_known_limits() -> None:
     assert limits_of(130) == Limits(shared_bytes=101376, tma=True)
 
 
+@pytest.mark.parametrize(("config", "group", "whole"), [
+    (TileConfig(64, 64, PACK_GQA=True), 8, True), (TileConfig(64, 64, PACK_GQA=True), 7, False),
+    (TileConfig(16, 64, PACK_GQA=True), 32, False), (TileConfig(64, 64), 7, True)])
+def test_packed_tiles_end_with_a_token_where_groups_divide_them(config: TileConfig, group: int, whole: bool) -> None:
+    assert config.whole_tokens(group) is whole
+
+
 def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 

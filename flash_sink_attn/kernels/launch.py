@@ -93,8 +93,7 @@ def _row_descriptor(rows: torch.Tensor, block: int, varlen: bool) -> TensorDescr
 
 def _own_tma(config: TileConfig, group: int, *tensors: torch.Tensor) -> bool:
     """Whether a program loads the tile that is its own through descriptors, which leaves it in registers."""
-    whole_group = not config.PACK_GQA or (group & (group - 1) == 0 and config.BLOCK_M >= group)
-    return config.REGISTER_A and whole_group and describable(*tensors)
+    return config.REGISTER_A and config.whole_tokens(group) and describable(*tensors)
 
 
 def _launch(kernel: Any, programs: int, device: torch.device, config: TileConfig, runtime: Sequence[Any],
