@@ -41,10 +41,8 @@ PREFER_HOPPER: frozenset[tuple[Pass, int, int, bool]] = frozenset(
     # 192/128 with window 128: adding dq up outside takes 1.18 ms where the portable kernels need 0.87
     if (pass_, windowed) != ("bwd", True) or d <= 128)
 
-# Tried in order until the validity rule accepts one: 96, 192 with 128 and 256 columns get one of the first three each.
-# Of 192 rows: causal, 64/8 x 192/128, 0.80 and 0.89 of the time of 128 x 64 with 8192 and 2048 tokens (H200).
-_HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1),
-               HopperFwdConfig(192, 64, 3, SHARE_Q=True, PROGRAMS_PER_SM=1), HopperFwdConfig(128, 64, SHARE_Q=True),
+# Tried in order until the validity rule accepts one.
+_HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1), HopperFwdConfig(128, 64, SHARE_Q=True),
                HopperFwdConfig(128, 64), HopperFwdConfig(64, 64))
 # Large tiles, without a window and with one; at head dim 128 those of 192 rows, at 64 those of 128 keys among them. A
 # second tile of q took 0.5 to 2% from 128 x 128 at 1024 to 8192 tokens (under windows it cost 6 to 9%), 1 to 3% from

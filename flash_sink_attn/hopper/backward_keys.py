@@ -158,7 +158,7 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
 
     DQ_BY 0: no dQ. 1: dS goes to the warpgroup of :func:`_compute_dq`. 2: these warpgroups themselves, 64 columns each,
     one tile late, so that none waits for the other's dS. ROUNDED: dS from P as it was rounded for dV; saves registers.
-    KEEP: K stays in registers, which spares shared memory a read of it for each tile.
+    KEEP: K stays in registers, which spares shared memory a read of it for each tile. D2: see hopper_bwd_keys_kernel.
     """
     PARTS: gl.constexpr = 2 if D2 else 1  # of each product
     # The order within a tile is what was fastest of those that were measured, see docs/hopper.md.
