@@ -34,10 +34,12 @@ from flash_sink_attn.hopper.common import (
     follow,
     hide,
     hold_half,
+    keys_of,
     largest,
     letter_read,
     letter_write,
     load_block,
+    lse_of,
     place_of,
     quads,
     reaches,
@@ -49,24 +51,13 @@ from flash_sink_attn.hopper.common import (
 
 
 @gluon.jit
-def _keys(first, len_q, len_k, window, WINDOW: gl.constexpr):
-    """First key of a tile's rows and how many blocks of 64 they need from there; at least one, if all masked."""
-    offset = len_k - len_q
-    end = gl.minimum(first + 64, len_q) + offset
-    begin = 0
-    if WINDOW:
-        begin = gl.maximum(first + offset - window + 1, 0)
-    return begin, gl.maximum(gl.cdiv(gl.maximum(end - begin, 0), 64), 1)
-
-
-@gluon.jit
 def _tile(round, work, GROUP: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr):
     """The program's tile of this round: (whether there is one, member of the batch, key head, query head, first token,
     lengths and beginnings of queries and keys, first key, blocks of keys)."""
     window = work[7]
     ok, b, head_kv, member, first, len_q, len_k, start_q, start_k = tile_of(
         tile_of_round(round), work, GROUP, 1, 64, VARLEN)
-    begin, blocks = _keys(first, len_q, len_k, window, WINDOW)
+    begin, blocks = keys_of(first, len_q, len_k, window, 64, 64, WINDOW)
     return ok, b, head_kv, head_kv * GROUP + member, first, len_q, len_k, start_q, start_k, begin, blocks
 
 
@@ -233,7 +224,7 @@ def hopper_alone_kernel(
                 head, first, len_q, len_k, start_q, start_k = letter_read(turn & 1)
                 b = 0
                 head_kv = head // GROUP
-                begin, blocks = _keys(first, len_q, len_k, window, WINDOW)
+                begin, blocks = keys_of(first, len_q, len_k, window, 64, 64, WINDOW)
                 turn += 1
             k_b, k_row = place_of(b, start_k, len_k, VARLEN)
             here = (k_b, k_row, head_kv)
@@ -307,11 +298,8 @@ def hopper_alone_kernel(
             l = gl.convert_layout(gl.sum(l, axis=1), ROW_LAYOUT)
             factor, lse = concluded(m, l, sink)
             token = first + row
-            if VARLEN:
-                lse_at = Lse + head * seqlen_q.to(gl.int64) + start_q + token
-            else:
-                lse_at = Lse + (b * (heads_kv * GROUP) + head).to(gl.int64) * seqlen_q + token
-            gl.store(lse_at, lse, mask=token < len_q)
+            at_lse = lse_of(Lse, b, head, heads_kv * GROUP, seqlen_q, start_q, VARLEN)
+            gl.store(at_lse + token, lse, mask=token < len_q)
             acc = warpgroup_mma_wait(0, deps=[acc])
             hold_half(p16)
             o = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT)), 1)

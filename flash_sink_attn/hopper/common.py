@@ -168,6 +168,19 @@ def exponentials(s, m, l, scale_log2):
 
 
 @gluon.jit
+def settle(l):
+    """``l``, (64, 4), as it is: what it was computed of is computed before anything that follows.
+
+    The assembler moves arithmetic past a wait, but not past a store. This one, after the barriers, never happens: its
+    predicate is that a sum of exponentials is -1.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; setp.eq.f32 p, $2, 0fBF800000; setp.eq.f32 q, $3, 0fBF800000; or.pred p, p, q; "
+        "@p st.volatile.shared.f32 [own_barriers + 1020], $2; mov.f32 $0, $2; mov.f32 $1, $3; }",
+        "=f,=f,f,f", [l], dtype=gl.float32, is_pure=False, pack=2)
+
+
+@gluon.jit
 def follow(m, scores):
     """(The running maxima after ``scores``, both (rows, 4): those that are exceeded by more than the slack, replaced;
     whether any of the warp's rows was, int32)."""
@@ -230,6 +243,27 @@ def find_sequence(cu_seqlens, batch, total, slot, BLOCK: gl.constexpr):
         high = gl.where(here, high, middle)
         end = gl.where(here, end, token)
     return low, start, gl.maximum(end - start, 0), slot - start // BLOCK - low
+
+
+@gluon.jit
+def keys_of(first, len_q, len_k, window, TOKENS: gl.constexpr, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr):
+    """First key of the rows of TOKENS tokens from ``first`` on, and how many blocks of BLOCK_N they need from there; at
+    least one, if all masked."""
+    offset = len_k - len_q
+    end = gl.minimum(first + TOKENS, len_q) + offset
+    begin = 0
+    if WINDOW:
+        begin = gl.maximum(first + offset - window + 1, 0)
+    return begin, gl.maximum(gl.cdiv(gl.maximum(end - begin, 0), BLOCK_N), 1)
+
+
+@gluon.jit
+def lse_of(Lse, b, head, heads, seqlen_q, start_q, VARLEN: gl.constexpr):
+    """Where a sequence's lse of a query head begins: of (batch, heads, seqlen_q), or packed of (heads, total_q)."""
+    if VARLEN:
+        return Lse + head * seqlen_q.to(gl.int64) + start_q
+    else:
+        return Lse + (b * heads + head).to(gl.int64) * seqlen_q
 
 
 @gluon.jit

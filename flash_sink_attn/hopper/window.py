@@ -32,6 +32,7 @@ from flash_sink_attn.hopper.common import (
     hold_half,
     largest,
     load_block,
+    lse_of,
     per_row,
     place_of,
     quads,
@@ -251,11 +252,8 @@ def _compute(tensors, shape: gl.constexpr):
                 if Sinks is not None:
                     sink = gl.load(Sinks + head_q).to(gl.float32) * LOG2E
                 factor, lse = concluded(m1, l1, sink)
-                if VARLEN:
-                    lse_at = Lse + head_q * seqlen_q.to(gl.int64) + start_q + token
-                else:
-                    lse_at = Lse + (b * (heads_kv * GROUP) + head_q).to(gl.int64) * seqlen_q + token
-                gl.store(lse_at, lse, mask=token < len_q)
+                at_lse = lse_of(Lse, b, head_q, heads_kv * GROUP, seqlen_q, start_q, VARLEN)
+                gl.store(at_lse + token, lse, mask=token < len_q)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 hold_half(p16)
                 if i == PACK * HEADS - 1:
