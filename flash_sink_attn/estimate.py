@@ -14,7 +14,7 @@ to 32768 tokens, groups of 1 to 16, head dims 64, 96 and 128, without a window a
 error, in the median and at the ninth decile, is
 
 - where dQ is added up 1.3 and 5% at head dim 64, 2 and 8% at 128; under a window, of which there are 97 times, 1.2 and
-  3%, 4 and 8%; in one order, without a window, 5 and 11%;
+  3%, 4 and 8%; in one order, without a window, where programs walk abreast, of which there are 10 times, 3 and 4%;
 - where products are made again 3 and 8%, where the kernel slides 3 and 8%.
 
 All those times are of sections of as many programs as run at once (see :func:`shares_in_section`), and so is this: the
@@ -37,6 +37,7 @@ from flash_sink_attn.tuned_table import ShapeKey
 from flash_sink_attn.validity import hopper_bwd_width
 
 PROGRAMS_AT_ONCE = 132  # multiprocessors of an H100 and an H200
+_BEHIND = 256  # columns of q of a program, up to which programs walk one behind the other, see one_behind
 _KEYS = 128  # of a tile of the backward that adds dQ up, at head dims up to 128
 
 
@@ -65,6 +66,24 @@ class _Adding(NamedTuple):
     element: float
     part: float
     launches: float
+
+
+class _InOrder(NamedTuple):
+    """How many times as long adding in one order takes.
+
+    Attributes:
+        one_behind: where programs walk so. In 24 shapes of 1024 to 16384 tokens on an H200 (2026-11-29) it was 1.00 to
+            1.08 at head dim 64, but for one head per program 1.16, and 1.01 to 1.20 at 128.
+        abreast: where they walk so, how much longer with one query head for each program, and with more a share of it.
+        window: under a short one, and what one of 4096 adds: ``apart``, or with all shares in one section ``together``,
+            which at head dim 128 was not measured.
+    """
+
+    one_behind: float
+    abreast: float
+    window: float
+    apart: float
+    together: float
 
 
 class _Recomputing(NamedTuple):
@@ -96,10 +115,7 @@ _EVEN_ROUNDS = 3  # with more of them programs no longer end together
 # One kernel whose programs slide over tiles of 64 tokens, for each head of a group; from 1024 to 16384 tokens, 64/8
 # heads, a window of 128.
 _SLIDE_STEP, _SLIDE_LAUNCHES = 2.4, 20.0
-# Adding in one order takes the sum of the first two times as long with up to 2048 tokens; the second shrinks with more.
-# Under a window of 4096 it takes the sum of the first and the third times as long, or with all shares in one section of
-# the first and the fourth, which at head dim 128 was not measured; under shorter ones less.
-_ORDER = {64: (1.05, 0.08, 0.25, 0.08), 128: (1.06, 0.17, 0.14, 0.14)}
+_ORDER = {64: _InOrder(1.03, 0.67, 1.05, 0.25, 0.08), 128: _InOrder(1.06, 1.0, 1.06, 0.14, 0.14)}
 # For each part beyond the fourth, which are added one after the other: 30/3 x 128, 1350 tokens, ten parts took 0.152 ms
 # for 0.123 without this.
 _MORE_PARTS = 1.7
@@ -112,6 +128,7 @@ _ROUNDS_WALKED, _LAST_WAIT = 12, 0.37
 # doubling costs a little.
 _EQUAL_SECTIONS = (4, 3, 2, 1)
 _L2_MB, _BEYOND_L2, _DOUBLING_UNDER_WINDOW = 50, 0.0008, 0.01
+_L2_MB_BEHIND = 52  # at most, where programs walk one behind the other and every tile is read all the time
 _WORTH, _WORTH_UNDER_WINDOW = 1.025, 1.005  # other sections are not thought of where they gain less
 # What a tile of a forward costs besides the keys it multiplies, in keys; anything from 100 to 200 does.
 _TILE_KEYS = 128
@@ -208,11 +225,13 @@ def _adding(key: ShapeKey, shares: int, ordered: bool, section: int | None) -> f
     time = cost.launches + step * launched.steps + cost.element * _millions(key, key.heads_q) + parts
     if not ordered:
         return time
-    least, short, window, together = _ORDER[width]
+    order, heads = _ORDER[width], -(-group_of(key) // shares)
+    if one_behind(key.head_dim, heads, key.window):
+        return time * order.one_behind
     if key.window is None:
-        return time * (least + short * min(1.0, 2048 / max(1, key.seqlen_k)))
+        return time * (1 + order.abreast / heads)
     one = launched.shares >= _units(key) * shares
-    return time * (least + (together if one else window) * min(key.window, key.seqlen_k) / 4096)
+    return time * (order.window + (order.together if one else order.apart) * min(key.window, key.seqlen_k) / 4096)
 
 
 def _section(key: ShapeKey, shares: int, ordered: bool = False, section: int | None = None) -> Section:
@@ -223,6 +242,15 @@ def _section(key: ShapeKey, shares: int, ordered: bool = False, section: int | N
     programs = _Programs.of(*shape, _KEYS, PROGRAMS_AT_ONCE)
     section = section or programs.section_at_once
     return Section(section, programs.steps(section))
+
+
+def one_behind(head_dim: int, heads: int, window: int | None) -> bool:
+    """Whether the programs of a head walk one behind the other where dQ is added in one order (backward_walk).
+
+    Args:
+        heads: query heads of a program.
+    """
+    return window is None and heads * head_dim <= _BEHIND
 
 
 class Section(NamedTuple):
@@ -253,6 +281,11 @@ def shares_in_section(
     Under a window with dQ in one order all go together, so that fewer tiles of a head, of which each waits for its
     neighbour, run at once: 64/8 x 64, 8192 tokens, window 4096, 0.80 with 8 for 2.
 
+    Where programs walk one behind the other (see :func:`one_behind`), the programs of an odd section have to start as
+    those of an even one end: so the sections are of one size and even in number, and as few as L2 has room for, since
+    fewer programs of a head at once leave each neighbour more time. On an H200 32/32 x 64, 2048 tokens, took 0.86 with
+    16 for 8, 28/7 x 128, 4096, 0.90 with 7 for 4, which are seven sections, and 1.05 with 14, which are 59 MB.
+
     Args:
         group: query heads of a key head.
         units: (batch, key head) pairs.
@@ -265,6 +298,9 @@ def shares_in_section(
     """
     of = _Programs.of(seqlen_q, seqlen_k, window, head_dim, group, units, shares, block_n, programs)
     base, falling = of.section_at_once, ordered and window is None
+    if ordered and one_behind(head_dim, of.heads[0], window):
+        section = of.paired_section
+        return Section(section, of.steps(section, falling))
     if not of.walked:
         return Section(base, of.steps(base))
     if ordered and window is not None:
@@ -330,6 +366,19 @@ class _Programs(NamedTuple):
     def section_at_once(self) -> int:
         """As many shares as run at once."""
         return max(1, min(self.all_shares, self.at_once // len(self.seen)))
+
+    @property
+    def paired_section(self) -> int:
+        """Of an even number of sections, with room for q, do and dQ in L2, what ends first; of as good ones the most
+        shares."""
+        worth = []
+        for wanted in range(2, self.all_shares + 2, 2):
+            section = -(-self.all_shares // wanted)
+            count = -(-self.all_shares // section)
+            even = count % 2 == 0 and count * section - self.all_shares <= section // 4
+            if even and section >= self.section_at_once and section * self.megabytes <= _L2_MB_BEHIND:
+                worth.append(section)
+        return min(worth, key=lambda section: self.steps(section, True), default=self.section_at_once)
 
     @property
     def walked(self) -> bool:

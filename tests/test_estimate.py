@@ -21,6 +21,7 @@ from flash_sink_attn.estimate import (
     _section,
     group_of,
     microseconds,
+    one_behind,
     rows_time,
     shares_in_section,
 )
@@ -73,15 +74,16 @@ def test_the_kind_it_names_is_among_the_fastest_that_were_measured() -> None:
 
 
 @pytest.mark.parametrize(("form", "ordered", "median", "ninth"), [
-    (HopperBwdForm.ACCUMULATE, False, 0.03, 0.1), (HopperBwdForm.ACCUMULATE, True, 0.05, 0.14),
+    (HopperBwdForm.ACCUMULATE, False, 0.03, 0.1), (HopperBwdForm.ACCUMULATE, True, 0.04, 0.07),
     (HopperBwdForm.RECOMPUTE, False, 0.045, 0.11),
 ])
 def test_its_error_is_a_few_percent(form: HopperBwdForm, ordered: bool, median: float, ninth: float) -> None:
     """The events' own time, some 2.5 us, is in the measured ones. In one order under a window no launch has the
-    sections of then."""
+    sections of then, and with few heads in a program the walks."""
     errors = [abs(math.log(before(key, kind, ordered) / us)) for key, times in measured(ordered).items()
-              for kind, us in times.items() if kind.form == form and not (ordered and key.window)]
-    assert len(errors) > 25
+              for kind, us in times.items() if kind.form == form and not (
+                  ordered and (key.window or one_behind(key.head_dim, -(-group_of(key) // kind.shares), None)))]
+    assert len(errors) > (9 if ordered else 25)
     assert statistics.median(errors) < median and statistics.quantiles(errors, n=10)[8] < ninth
 
 
@@ -159,11 +161,23 @@ SECTIONS: list[tuple[tuple[Any, ...], int, dict[int, float]]] = [
     # a window
     (((28, 4), 128, 8192, 4, 1, 4096, False), 2, {8: 0.960, 16: 0.977}),
     (((28, 4), 128, 8192, 7, 1, 4096, False), 2, {14: 0.999, 28: 1.022}),
-    # in one order
-    (((28, 4), 128, 2350, 4, 1, None, True), 6, {8: 0.728, 16: 0.829}),
-    (((26, 26), 64, 1500, 1, 1, None, True), 11, {13: 0.797, 26: 0.752}),
-    (((64, 8), 64, 4096, 2, 1, None, True), 4, {8: 0.951, 16: 1.324}),
-    (((22, 22), 128, 3600, 1, 1, None, True), 4, {11: 0.701, 22: 0.798}),
+    # in one order, one program behind the other
+    (((28, 4), 128, 4096, 7, 1, None, True), 4, {7: 0.903, 14: 0.951, 28: 1.239}),
+    (((28, 4), 128, 4096, 4, 1, None, True), 4, {6: 1.176, 8: 0.984}),
+    (((28, 4), 128, 2350, 4, 1, None, True), 6, {8: 0.710, 16: 0.956}),
+    (((28, 4), 128, 2350, 7, 1, None, True), 6, {7: 0.823, 14: 0.813}),
+    (((26, 26), 64, 1500, 1, 1, None, True), 11, {13: 0.800, 26: 0.881}),
+    (((22, 22), 128, 3600, 1, 1, None, True), 4, {6: 0.929, 11: 0.913, 22: 1.220}),
+    (((36, 36), 128, 3000, 1, 1, None, True), 5, {6: 0.912, 9: 0.927, 12: 0.991}),
+    (((64, 8), 64, 4096, 2, 1, None, True), 4, {8: 1.173}),
+    (((64, 8), 64, 2048, 4, 1, None, True), 8, {16: 0.994}),
+    (((64, 8), 128, 2048, 4, 1, None, True), 8, {11: 1.165, 16: 1.172, 32: 1.441}),
+    (((64, 8), 64, 1024, 4, 1, None, True), 16, {32: 1.174}),
+    (((64, 8), 128, 1024, 4, 1, None, True), 16, {32: 1.243}),
+    (((32, 32), 128, 2048, 1, 1, None, True), 8, {11: 1.113, 16: 0.992}),
+    (((32, 32), 64, 2048, 1, 1, None, True), 8, {11: 1.018, 16: 0.858}),
+    (((40, 8), 128, 4096, 3, 1, None, True), 4, {6: 0.928}),
+    (((40, 8), 64, 5000, 2, 1, None, True), 3, {4: 0.846, 6: 1.021}),
     (((64, 8), 64, 8192, 1, 1, 4096, True), 2, {4: 0.905, 8: 0.798}),
 ]
 
@@ -178,8 +192,7 @@ def test_the_section_is_among_the_fastest_that_were_measured(
 ) -> None:
     key, shares, ordered = of_section(shape)
     times = {section_at_once(key, shares): 1.0, **ratios}
-    # in one order a program waits for its neighbours', which nobody counts: 1.060 and 1.052 in two of five
-    assert times[section(key, shares, ordered).shares] <= (1.07 if ordered else 1.04) * min(times.values())
+    assert times[section(key, shares, ordered).shares] <= 1.04 * min(times.values())
 
 
 @pytest.mark.parametrize(("shape", "then", "ratios"), SECTIONS)

@@ -120,6 +120,19 @@ def test_the_same_bits_on_request(worker: Worker, family: str) -> None:
 
 
 @needs_hopper
+@pytest.mark.parametrize("more", [{"batch": 4, "seqlen_q": 1150}, {"seqlens": (1150, 130, 2000, 1)}],
+                         ids=["batch", "packed"])
+@pytest.mark.parametrize("group", [1, 9])
+@pytest.mark.parametrize("family", [name for name, (_, config, _) in FAMILIES.items() if config.DETERMINISTIC])
+def test_walks_that_wait_for_their_neighbours(worker: Worker, family: str, group: int, more: dict[str, Any]) -> None:
+    """One behind the other and abreast, up and down, in more sections than the card runs at once."""
+    of = case(FAMILIES[family], heads_kv=5, group=group, deterministic=True, **more)
+    if of.rejected():
+        pytest.skip(str(of.rejected()))
+    judge(worker, of)
+
+
+@needs_hopper
 @pytest.mark.parametrize("seed", range(RANDOM))
 def test_random_shapes(worker: Worker, seed: int) -> None:
     """``python -m tests.hopper_backward_random --only SEED`` makes one again."""

@@ -199,7 +199,7 @@ def test_the_estimate_is_near_what_an_h200_measured(
 
 
 def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
-    ordered = HopperBwdConfig(64, 128, DETERMINISTIC=True)
+    ordered = HopperBwdConfig(64, 128, SPLIT_GROUP=2, DETERMINISTIC=True)
     key, near = tokens(CAUSAL, 8000), tokens(CAUSAL, 8192)
     own = table(("hopper_bwd", near, ordered, 0.3))
     assert dispatch.decide("hopper_bwd", key, LIMITS, own).source == "heuristic"

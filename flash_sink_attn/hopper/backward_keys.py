@@ -469,9 +469,9 @@ def hopper_bwd_keys_kernel(
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
-              VARLEN, WINDOW, TOGETHER, 0, True)),
+              VARLEN, WINDOW, TOGETHER, ORDERED, 0, True)),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
-              VARLEN, WINDOW, TOGETHER, 0, False)),
+              VARLEN, WINDOW, TOGETHER, ORDERED, 0, False)),
         ], [4, 4, 1, 1, 1], [REGISTERS, DQ_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
     elif DQ_BY == 1:
         gl.warp_specialize([
@@ -505,9 +505,9 @@ def hopper_bwd_keys_kernel(
             (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
               smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
-              VARLEN, WINDOW, TOGETHER, 1, True)),
+              VARLEN, WINDOW, TOGETHER, ORDERED, 1, True)),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
-              VARLEN, WINDOW, TOGETHER, 1, False)),
+              VARLEN, WINDOW, TOGETHER, ORDERED, 1, False)),
         ], [4, 1, 1, 1], [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
     else:
         gl.warp_specialize([

@@ -15,6 +15,11 @@ from flash_sink_attn.hopper.common import (
 
 # Tiles of dQ that may have their turn before they are added.
 TURNS: gl.constexpr = gl.constexpr(4)
+# ORDERED, how programs walk where dQ is added in an order of keys: not at all; so that those of a head read and add to
+# the same tile at about the same time; so that each comes to a tile when its neighbour has left it.
+NO_ORDER: gl.constexpr = gl.constexpr(0)
+ABREAST: gl.constexpr = gl.constexpr(1)
+ONE_BEHIND: gl.constexpr = gl.constexpr(2)
 
 
 @gluon.jit
@@ -24,8 +29,8 @@ def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT
     sequences and its statistics begin, course of the walk).
 
     Tiles go by sections of ``section`` shares of (batch, key head) pairs, longest first under a causal mask; but
-    shortest first where walks go down and dQ is added in order (see :func:`keep_order`). Each of the SPLIT shares has
-    some of the group's query heads. In a packed batch each sequence has sections of its own, of so many shares that
+    shortest first in every other section where dQ is added in order (see :func:`keep_order`). Each of the SPLIT shares
+    has some of the group's query heads. In a packed batch each sequence has sections of its own, of so many shares that
     they are about ``section`` programs.
     """
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -52,10 +57,10 @@ def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT
         r -= s * (shares * slots)
         here = gl.maximum(gl.minimum(shares, units - s * shares), 1)
         # as sections of one size would: programs that start as others end walk the other way
-        down = (slot * units + s * (shares * slots) + section // 2) // section % 2 == 0
+        even = (slot * units + s * (shares * slots) + section // 2) // section % 2 == 0
         n = r // here
         if ORDERED and TOGETHER:
-            n = gl.where(down & (n < tiles), tiles - 1 - n, n)
+            n = gl.where(even & (n < tiles), tiles - 1 - n, n)
         ok = ok & (n < tiles)
         unit = s * shares + r % here
         share = unit % SPLIT
@@ -65,10 +70,10 @@ def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT
         s = tile // (section * tiles)
         r = tile - s * (section * tiles)
         here = gl.minimum(section, batch * heads_kv * SPLIT - s * section)
-        down = s % 2 == 0
+        even = s % 2 == 0
         n = r // here
         if ORDERED and TOGETHER:
-            n = gl.where(down, tiles - 1 - n, n)
+            n = gl.where(even, tiles - 1 - n, n)
         unit = s * section + r % here
         share = unit % SPLIT
         head = unit // SPLIT % heads_kv
@@ -87,18 +92,21 @@ def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT
     if WINDOW:
         stop = gl.minimum(len_q, gl.maximum(first_key + (BLOCK_N - 1) + window - offset, 0))
     count = gl.maximum(gl.cdiv(stop, 64) - begin, 0)
+    down = even
     if not TOGETHER:
         down = True
+    elif ORDERED == ONE_BEHIND:
+        down = not even
     first = gl.where(down, begin + count - 1, begin)
     low = share * HEADS
-    course = (first, count, gl.where(down, -1, 1), low, gl.minimum(low + HEADS, GROUP))
+    course = (first, count, gl.where(down, -1, 1), low, gl.minimum(low + HEADS, GROUP), even)
     return ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course
 
 
 @gluon.jit
 def first_tile(course):
     """(Query tile, head of the group, tiles of this head that follow, tiles in all) where a walk begins."""
-    first, count, step, low, high = course
+    first, count, step, low, high, even = course
     return first, low, count - 1, count * (high - low)
 
 
@@ -108,11 +116,11 @@ def next_tile(m, g, left, course, TOGETHER: gl.constexpr):
 
     TOGETHER: all heads of a tile, then the next tile, from the end down in one section and from the beginning up in the
     next, so that the programs of a head read and add to the same tiles at about the same time: those that start
-    together do on the way down, those that take over one by one as earlier programs end do on the way up. Else all
-    tiles of a head, from the end down, then the next head: under a window, where programs end at different tiles, they
-    at least meet in the same head.
+    together do on the way down, those that take over one by one as earlier programs end do on the way up. (The other
+    way round where they are to come one behind the other.) Else all tiles of a head, from the end down, then the next
+    head: under a window, where programs end at different tiles, they at least meet in the same head.
     """
-    first, count, step, low, high = course
+    first, count, step, low, high, even = course
     if TOGETHER:
         g += 1
         wrap = g == high
@@ -145,20 +153,27 @@ def _set_turn(pointer, number):
 @gluon.jit
 def keep_order(Turn, cu_q, cu_k, turn, added, passed, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
                SPLIT: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr,
-               LATE: gl.constexpr, TAKES: gl.constexpr):
+               ORDERED: gl.constexpr, LATE: gl.constexpr, TAKES: gl.constexpr):
     """One of two warps that let this program's dQ be added in an order of keys, so that sums have the same bits each
     time: the one that waits for the turn (TAKES), and the one that passes it on.
 
-    A turn takes a microsecond or two to pass, so the programs of a head run one behind the other. On the way down,
-    where programs start together and those with the last keys end first, the last keys go first: who ends first is held
-    up least, and the next section's first program comes the sooner. Everywhere else the first keys do: on the way up
-    programs start one by one, and with a window each is where its neighbour was. A program waits only for those with a
-    lower program number, which the GPU starts before it: nobody waits in a circle. LATE: who adds begins with a tile of
-    zeros that needs no turn.
+    In even sections, where programs start together and those with the last keys end first, the last keys go first: who
+    ends first is held up least, and the next section's first program comes the sooner. Everywhere else the first keys
+    do: in odd sections programs start one by one as those end, and with a window each is where its neighbour was.
+
+    A turn takes a microsecond or more to pass. ABREAST each program of a head waits so long for its neighbour at the
+    first tile, and then is as far behind it. ONE_BEHIND nobody waits if a turn is passed while a program goes through
+    two tiles of queries: on the way up from its own diagonal a program that starts with all the others comes to each
+    tile two after its neighbour with later keys, and on the way down one that starts as much later as its walk is
+    shorter comes to it as much after its neighbour with earlier keys. But then what the programs of a head read is
+    spread over all its tiles, and has to have room in L2.
+
+    A program waits only for those with a lower program number, which the GPU starts before it: nobody waits in a
+    circle. LATE: who adds begins with a tile of zeros that needs no turn.
     """
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, True)
+        cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED)
     await_launch_before()
     if ok:
         n = first_key // BLOCK_N
@@ -181,7 +196,7 @@ def keep_order(Turn, cu_q, cu_k, turn, added, passed, work, BLOCK_N: gl.constexp
                 before -= gl.maximum(m * 64 + offset - window + 1, 0) // BLOCK_N
             if TOGETHER:
                 last = gl.minimum((m * 64 + 63 + offset) // BLOCK_N, gl.cdiv(len_k, BLOCK_N) - 1)
-                before = gl.where(course[2] < 0, last - n, n)
+                before = gl.where(course[5], last - n, n)
             if TAKES:
                 # a slot's first round has none before it to wait for
                 barrier_wait(passed + slot, (i // TURNS + 1) & 1)

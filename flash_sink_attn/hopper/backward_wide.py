@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flash_sink_attn.hopper.backward_common import probabilities, scratch_add_64, scratch_offsets
-from flash_sink_attn.hopper.backward_walk import first_tile, key_tile, next_tile
+from flash_sink_attn.hopper.backward_walk import NO_ORDER, first_tile, key_tile, next_tile
 from flash_sink_attn.hopper.common import (
     advance,
     await_launch_before,
@@ -48,7 +48,7 @@ def _load(descs, Lse2, Delta, cu_q, cu_k, smem, bars, work, shape: gl.constexpr)
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, NO_ORDER)
     q_b, q_row = place_of(b, start_q, len_q, VARLEN)
     k_b, k_row = place_of(b, start_k, len_k, VARLEN)
     BYTES: gl.constexpr = q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if D2 else 0)
@@ -146,7 +146,7 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, NO_ORDER)
     if ok:
         key = gl.expand_dims(first_key - offset + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
         row = gl.arange(0, 64, layout=ROW)
@@ -233,7 +233,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
     A2_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=Q_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, False)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, NO_ORDER)
     if ok:
         v = v_smem.index(0).reshape([64, DV])
         zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)

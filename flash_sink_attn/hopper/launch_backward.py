@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperBwdForm
-from flash_sink_attn.estimate import shares_in_section
+from flash_sink_attn.estimate import one_behind, shares_in_section
 from flash_sink_attn.hopper.backward_keys import hopper_bwd_keys_kernel
 from flash_sink_attn.hopper.backward_queries import hopper_bwd_queries_kernel
 from flash_sink_attn.hopper.backward_rows import (
@@ -21,6 +21,7 @@ from flash_sink_attn.hopper.backward_rows import (
     hopper_bwd_rows_kernel,
 )
 from flash_sink_attn.hopper.backward_slide import hopper_bwd_slide_kernel
+from flash_sink_attn.hopper.backward_walk import ABREAST, NO_ORDER, ONE_BEHIND
 from flash_sink_attn.hopper.backward_wide import hopper_bwd_wide_kernel
 from flash_sink_attn.hopper.descriptors import describe
 from flash_sink_attn.launcher import MiscompiledError, launch, workspace
@@ -227,7 +228,7 @@ def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) 
         "GROUP": c.group, "SPLIT": split, "D": c.width, "WARPGROUPS": warpgroups, "STAGES": config.num_stages,
         "BUFFERS": config.buffers(c.width), "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0,
         "TOGETHER": accumulates and not c.window, "DQ_BY": (1 if c.width == 64 else 2) if accumulates else 0,
-        "ORDERED": turn is not None, "ROUNDED": not accumulates or c.width > 64,
+        "ORDERED": (NO_ORDER if turn is None else _walk(c)).value, "ROUNDED": not accumulates or c.width > 64,
         "REGISTERS": registers, "DQ_REGISTERS": dq_registers, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
         "D2": split_head_dim(c.q.shape[-1])[1],
     }, config.maxnreg or maxnreg, dependent=True)
@@ -318,6 +319,12 @@ def _slide(call: _Call) -> Any:
         c.rows, run, runs, c.slots, c.scale,
     ], {"D": c.width, "VARLEN": varlen}, num_warps=4, dependent=True)
     return compiled
+
+
+def _walk(call: _Call) -> Any:
+    """How programs walk where dQ is added in one order, see backward_walk."""
+    c, heads = call, -(-call.group // call.config.SPLIT_GROUP)
+    return ONE_BEHIND if one_behind(c.q.shape[-1], heads, c.window or None) else ABREAST
 
 
 def _section(call: _Call, tiles: int, block_n: int, accumulates: bool) -> int:
