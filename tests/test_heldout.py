@@ -178,6 +178,6 @@ def test_the_held_out_sweep(config: str, card: str) -> None:
             assert len(own) >= (2 if impl == "hopper" else 1), (c.id, impl)
     measured = plan.second_round([{"case": t.case.id, "impl": t.impl, "status": "ok", "latency_ms": 1.0,
                                    "config": t.config} for t in plan.first if t.runs])
-    # 682 took 112 s
-    assert sum(t.runs for t in [*plan.first, *measured]) <= 700
+    # 693 took 81 s
+    assert sum(t.runs for t in [*plan.first, *measured]) <= 720
     assert {t.impl for t in trials} == set(IMPLS)

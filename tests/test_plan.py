@@ -340,9 +340,9 @@ def h100() -> Plan:
 
 
 def test_h100_has_its_six_hundred_trials_and_no_more_than_fit(h100: Plan) -> None:
-    """1,363 rows took 180 s on an H100 with 16 cores and an empty cache: 1,500 would take 200 s, of eight minutes."""
+    """1,363 rows took 180 s on an H100 with 16 cores and an empty cache: 1,550 would take 205 s, of eight minutes."""
     running = sum(t.runs for t in h100.first) + sum(t.runs for whole in h100.wholes for t in whole)
-    assert 600 <= running <= 1500
+    assert 600 <= running <= 1550
     assert len({t.id for t in h100.first}) == len(h100.first)
 
 
@@ -401,8 +401,8 @@ def test_the_board_has_its_rows_and_every_rival_in_each(monkeypatch: pytest.Monk
     assert {None, 128, 256, 512, 1024, 2048, 4096} == {c.window for c in cases}
     assert {1, 2, 4, 8} == {c.batch for c in cases} and {"bfloat16", "float16"} == {c.dtype for c in cases}
     assert {(c.head_dim, c.head_dim_v) for c in cases} == {(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)}
-    # 979 rows took 237 s, and the config promises 270
-    assert sum(t.runs for t in trials) <= 1100
+    # 1,110 rows took 283 s with 58% of the kernels in the cache, 979 237 s; the config promises five minutes
+    assert sum(t.runs for t in trials) <= 1120
 
 
 def test_upstreams_benchmarks_are_its_own() -> None:
