@@ -36,9 +36,13 @@ _LARGE_NEAR = 1.01
 _PAIRS = {(192, 64): (0.94, 0.9), (256, 64): (1.0, 0.92)}
 # From here on, by head dims, most blocks of keys need no mask, and large tiles read them less often. With 8192 tokens
 # and a window of 512 192 x 64 took 0.99 and 0.93 of the time of 64 rows at head dim 128 (28/4 and 64/8 heads); at 64
-# small tiles took 0.95 of 256 x 64 with 512, and by arithmetic 1.2 with 1024. Of other head dims little is known.
+# small tiles took 0.95 of 256 x 64 with 512, and by arithmetic 1.2 with 1024. At 96 (32/8 heads, 4096 tokens) large
+# ones took 1.12, 1.06 and 0.99 with 384, 512 and 768. Of other head dims little is known.
 _SHORT_WINDOW = {(64, 64): 704, (128, 128): 512}
 _SHORT_WINDOW_OTHERS = 1024
+# Tiles of 192 rows at head dim 128, below which such a window is short, too: 28/4 heads, 4096 tokens, window 512, which
+# are 616, took 1.16 of the time of 64 rows, 900 of 36/4 (4800, 620) and 1204 of 28/4 (8192, 512) 0.95.
+_FEW_LARGE_TILES = 6 * PROGRAMS_AT_ONCE
 _SHORT_SEQUENCE = 2048  # see few_tiles
 _FEW_KEYS = 2304  # in a sequence, see loads_itself
 # 64-row tiles of the portable forward at head dim 64, without a window, between which more programs at once are worth
@@ -58,7 +62,10 @@ def small_dims(key: ShapeKey) -> bool:
 
 def short_window(key: ShapeKey) -> bool:
     """Whether the forward takes small tiles, several programs of which share a multiprocessor."""
-    return key.window is not None and key.window < _SHORT_WINDOW.get(_dims(key), _SHORT_WINDOW_OTHERS)
+    if key.window is None:
+        return False
+    few = _dims(key) == (128, 128) and key.batch * key.heads_q * -(-key.seqlen_q // 192) < _FEW_LARGE_TILES
+    return key.window < (_SHORT_WINDOW_OTHERS if few else _SHORT_WINDOW.get(_dims(key), _SHORT_WINDOW_OTHERS))
 
 
 def _dims(key: ShapeKey) -> tuple[int, int]:

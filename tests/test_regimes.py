@@ -231,6 +231,9 @@ def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
     ("hopper_fwd", WINDOW._replace(head_dim=192, head_dim_v=128),
      HopperFwdConfig(64, 64, SHARE_Q=True, PROGRAMS_PER_SM=2)),
     ("hopper_fwd", tokens(WIDE, 4224, window=256), ALONE), ("hopper_fwd", tokens(WIDE, 1024), ALONE),
+    ("hopper_fwd", tokens(WIDE, 4096, heads_q=28, heads_kv=4, window=512), ALONE),  # 0.86 of 192 x 64
+    ("hopper_fwd", tokens(WIDE, 8192, heads_q=28, heads_kv=4, window=512),
+     HopperFwdConfig(192, 64, 3, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=1)),
     ("hopper_fwd", tokens(WIDE, 4224, window=256)._replace(varlen=True),
      HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2)),
     ("hopper_fwd", tokens(WIDE, 384), HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2)),
