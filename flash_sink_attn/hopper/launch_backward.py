@@ -168,20 +168,22 @@ def _accumulate(call: _Call) -> Any:
 
 
 def _rising(call: _Call) -> _Call:
-    """With keys' offsets that never fall where tiles of keys wait for one another: for one that no program has, they
-    would wait for ever."""
+    """With offsets that never fall where tiles of keys wait for one another. For a tile that no program has they would
+    wait for ever, and so they would where two sequences share rows."""
     sequences = call.sequences
     if not (call.config.DETERMINISTIC and sequences.varlen):
         return call
-    own = sequences.cu_seqlens_k
-    offsets = sequences.cu_seqlens_q if own is None else own
-    assert offsets is not None
-    rising = workspace(offsets.shape, torch.int32, call.q.device)
-    launch(hopper_bwd_offsets_kernel, 1, call.q.device, [offsets, rising, sequences.batch, sequences.seqlen_k], {},
-           num_warps=4)
-    risen = (dataclasses.replace(sequences, cu_seqlens_q=rising) if own is None
-             else dataclasses.replace(sequences, cu_seqlens_k=rising))
-    return dataclasses.replace(call, sequences=risen)
+
+    def risen(offsets: torch.Tensor, total: int) -> torch.Tensor:
+        rising = workspace(offsets.shape, torch.int32, call.q.device)
+        launch(hopper_bwd_offsets_kernel, 1, call.q.device, [offsets, rising, sequences.batch, total], {}, num_warps=4)
+        return rising
+
+    of_queries, of_keys = sequences.cu_seqlens_q, sequences.cu_seqlens_k
+    assert of_queries is not None
+    return dataclasses.replace(call, sequences=dataclasses.replace(
+        sequences, cu_seqlens_q=risen(of_queries, sequences.seqlen_q),
+        cu_seqlens_k=None if of_keys is None else risen(of_keys, sequences.seqlen_k)))
 
 
 def _recompute(call: _Call) -> Any:
