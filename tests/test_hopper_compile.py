@@ -36,13 +36,14 @@ from tests.compiling import build_and_listen
 from tests.hopper_cases import Case, build
 
 set_target(90)
+SETTLED = r"\\[own_barriers \\+ 1020\\], (%\\w+); mov\\.f32 (%\\w+), (%\\w+); mov\\.f32 (%\\w+), (%\\w+);"
 for line in sys.stdin:
     name, fields = json.loads(line)
     compiled, warnings = build_and_listen(lambda: build(Case(**fields)))
     sass = disassemble(compiled.asm["cubin"])
     print(json.dumps([name, dict(
         hgmma=len(re.findall(r"\\bHGMMA\\b", sass)), shared=compiled.metadata.shared, fault=fault_of(compiled),
-        warnings=warnings,
+        warnings=warnings, settled=re.findall(SETTLED, compiled.asm["ptx"]),
         loops=[dict(order=x.order, masks=x.masks, spills=x.spills, serialised=x.serialised, overlapped=x.overlapped,
                     overlap=x.overlap, exponentials=x.events.count("exp")) for x in matrix_loops(sass)])]))
 """
@@ -61,6 +62,15 @@ def test_it_multiplies_on_the_tensor_cores_and_does_not_serialise(built: dict[st
     assert kernel["warnings"] == [], kernel
     assert not any(loop["serialised"] for loop in kernel["loops"]), kernel
     assert 0 < kernel["shared"] <= 232448
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_sums_that_settle_stay_what_they_are(built: dict[str, Any], family: str) -> None:
+    """Both values leave the instruction as they came: the first move overwrites nothing that the second one reads."""
+    of = CASES[family]
+    assert bool(built[family]["settled"]) == (of.head_dim == 64 and of.window is None)
+    for stored, to, source, to_second, second in built[family]["settled"]:
+        assert stored == source and to not in (second, to_second), built[family]["settled"]
 
 
 @pytest.mark.parametrize("family", CASES)
