@@ -72,8 +72,9 @@ class _InOrder(NamedTuple):
     """How many times as long adding in one order takes.
 
     Attributes:
-        one_behind: where programs walk so. In 24 shapes of 1024 to 16384 tokens on an H200 (2026-11-29) it was 1.00 to
-            1.08 at head dim 64, but for one head per program 1.16, and 1.01 to 1.20 at 128.
+        one_behind: where programs walk so and L2 has room. In 24 shapes of 1024 to 16384 tokens on H200s (2026-11-29)
+            it was 1.00 to 1.08 at head dim 64, but 1.16 where eight programs share a group of eight (2048 tokens), and
+            1.01 to 1.20 at 128.
         abreast: where they walk so, how much longer with one query head for each program, and with more a share of it.
         window: under a short one, and what one of 4096 adds: ``apart``, or with all shares in one section ``together``,
             which at head dim 128 was not measured.
@@ -128,6 +129,7 @@ _ROUNDS_WALKED, _LAST_WAIT = 12, 0.37
 # doubling costs a little.
 _EQUAL_SECTIONS = (4, 3, 2, 1)
 _L2_MB, _BEYOND_L2, _DOUBLING_UNDER_WINDOW = 50, 0.0008, 0.01
+_ROW_BYTES = 8  # of q, do and dQ, for each column
 _L2_MB_BEHIND = 52  # at most, where programs walk one behind the other and every tile is read all the time
 _WORTH, _WORTH_UNDER_WINDOW = 1.025, 1.005  # other sections are not thought of where they gain less
 # What a tile of a forward costs besides the keys it multiplies, in keys; anything from 100 to 200 does.
@@ -226,7 +228,8 @@ def _adding(key: ShapeKey, shares: int, ordered: bool, section: int | None) -> f
     if not ordered:
         return time
     order, heads = _ORDER[width], -(-group_of(key) // shares)
-    if one_behind(key.head_dim, heads, key.window):
+    room = heads * key.seqlen_q * width * _ROW_BYTES / 1e6 <= _L2_MB_BEHIND
+    if one_behind(key.head_dim, heads, key.window) and room:
         return time * order.one_behind
     if key.window is None:
         return time * (1 + order.abreast / heads)
@@ -282,9 +285,10 @@ def shares_in_section(
     neighbour, run at once: 64/8 x 64, 8192 tokens, window 4096, 0.80 with 8 for 2.
 
     Where programs walk one behind the other (see :func:`one_behind`), the programs of an odd section have to start as
-    those of an even one end: so the sections are of one size and even in number, and as few as L2 has room for, since
-    fewer programs of a head at once leave each neighbour more time. On an H200 32/32 x 64, 2048 tokens, took 0.86 with
-    16 for 8, 28/7 x 128, 4096, 0.90 with 7 for 4, which are seven sections, and 1.05 with 14, which are 59 MB.
+    those of an even one end: so the sections are of one size, even in number, and have room in L2. Of those that end
+    first by counting the largest are taken, since fewer programs of a head at once leave each neighbour more time. On
+    an H200 32/32 x 64, 2048 tokens, took 0.86 with 16 for 8; 28/4 x 128, 4096, seven programs for a group, 0.90 with 7
+    for 4, which are seven sections, and 0.95 with 14, which are 59 MB.
 
     Args:
         group: query heads of a key head.
@@ -360,7 +364,7 @@ class _Programs(NamedTuple):
         heads = tuple(min(most, group - share * most) for share in range(shares))
         # above 128, which was not fitted, a program begins as at 128
         width, begin = hopper_bwd_width(head_dim), _ADDING[min(128, hopper_bwd_width(head_dim))].begin
-        return cls(tuple(seen), heads, units * shares, begin, at_once, most * seqlen_q * width * 8 / 1e6)
+        return cls(tuple(seen), heads, units * shares, begin, at_once, most * seqlen_q * width * _ROW_BYTES / 1e6)
 
     @property
     def section_at_once(self) -> int:
@@ -371,14 +375,14 @@ class _Programs(NamedTuple):
     def paired_section(self) -> int:
         """Of an even number of sections, with room for q, do and dQ in L2, what ends first; of as good ones the most
         shares."""
-        worth = []
-        for wanted in range(2, self.all_shares + 2, 2):
+        least, worth = self.section_at_once, []
+        for wanted in range(2, self.all_shares // least + 2, 2):
             section = -(-self.all_shares // wanted)
             count = -(-self.all_shares // section)
             even = count % 2 == 0 and count * section - self.all_shares <= section // 4
-            if even and section >= self.section_at_once and section * self.megabytes <= _L2_MB_BEHIND:
+            if even and section >= least and section * self.megabytes <= _L2_MB_BEHIND:
                 worth.append(section)
-        return min(worth, key=lambda section: self.steps(section, True), default=self.section_at_once)
+        return min(worth, key=lambda section: self.steps(section, True), default=least)
 
     @property
     def walked(self) -> bool:

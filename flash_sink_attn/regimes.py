@@ -40,9 +40,9 @@ _PAIRS = {(192, 64): (0.94, 0.9), (256, 64): (1.0, 0.92)}
 # ones took 1.12, 1.06 and 0.99 with 384, 512 and 768. Of other head dims little is known.
 _SHORT_WINDOW = {(64, 64): 704, (128, 128): 512}
 _SHORT_WINDOW_OTHERS = 1024
-# Tiles of 192 rows at head dim 128, below which such a window is short, too: 28/4 heads, 4096 tokens, window 512, which
-# are 616, took 1.16 of the time of 64 rows, 900 of 36/4 (4800, 620) and 1204 of 28/4 (8192, 512) 0.95.
-_FEW_LARGE_TILES = 6 * PROGRAMS_AT_ONCE
+# Tiles of 192 rows at head dim 128, below which a somewhat longer window is short, too: 28/4 heads, 4096 tokens, window
+# 512, which are 616, took 1.16 of the time of 64 rows, 900 of 36/4 (4800, 620) and 1204 of 28/4 (8192, 512) 0.95.
+_FEW_LARGE_TILES, _SHORT_WINDOW_FEW = 6 * PROGRAMS_AT_ONCE, 640
 _SHORT_SEQUENCE = 2048  # see few_tiles
 _FEW_KEYS = 2304  # in a sequence, see loads_itself
 # 64-row tiles of the portable forward at head dim 64, without a window, between which more programs at once are worth
@@ -65,7 +65,7 @@ def short_window(key: ShapeKey) -> bool:
     if key.window is None:
         return False
     few = _dims(key) == (128, 128) and key.batch * key.heads_q * -(-key.seqlen_q // 192) < _FEW_LARGE_TILES
-    return key.window < (_SHORT_WINDOW_OTHERS if few else _SHORT_WINDOW.get(_dims(key), _SHORT_WINDOW_OTHERS))
+    return key.window < (_SHORT_WINDOW_FEW if few else _SHORT_WINDOW.get(_dims(key), _SHORT_WINDOW_OTHERS))
 
 
 def _dims(key: ShapeKey) -> tuple[int, int]:
