@@ -228,7 +228,8 @@ def _adding(key: ShapeKey, shares: int, ordered: bool, section: int | None) -> f
     if not ordered:
         return time
     order, heads = _ORDER[width], -(-group_of(key) // shares)
-    room = heads * key.seqlen_q * width * _ROW_BYTES / 1e6 <= _L2_MB_BEHIND
+    # (of a packed batch only the sum of the lengths is known)
+    room = key.varlen or _share_megabytes(heads, key.seqlen_q, width) <= _L2_MB_BEHIND
     if one_behind(key.head_dim, heads, key.window) and room:
         return time * order.one_behind
     if key.window is None:
@@ -245,6 +246,11 @@ def _section(key: ShapeKey, shares: int, ordered: bool = False, section: int | N
     programs = _Programs.of(*shape, _KEYS, PROGRAMS_AT_ONCE)
     section = section or programs.section_at_once
     return Section(section, programs.steps(section))
+
+
+def _share_megabytes(heads: int, seqlen_q: int, width: int) -> float:
+    """q, do and dQ of the query heads that one program of each tile of keys goes through."""
+    return heads * seqlen_q * width * _ROW_BYTES / 1e6
 
 
 def one_behind(head_dim: int, heads: int, window: int | None) -> bool:
@@ -364,7 +370,7 @@ class _Programs(NamedTuple):
         heads = tuple(min(most, group - share * most) for share in range(shares))
         # above 128, which was not fitted, a program begins as at 128
         width, begin = hopper_bwd_width(head_dim), _ADDING[min(128, hopper_bwd_width(head_dim))].begin
-        return cls(tuple(seen), heads, units * shares, begin, at_once, most * seqlen_q * width * _ROW_BYTES / 1e6)
+        return cls(tuple(seen), heads, units * shares, begin, at_once, _share_megabytes(most, seqlen_q, width))
 
     @property
     def section_at_once(self) -> int:

@@ -235,7 +235,8 @@ class Hopper(Ours):
             if case.head_dim > 128:
                 return [HopperBwdConfig(64, 64, s).to_dict() for s in (2, 3)]
             tried = [HopperBwdConfig(64, 128, s, FORM=0) for s in ((2, 3, 4) if small else (2, 3))]
-            tried += [HopperBwdConfig(64, 128, DETERMINISTIC=True), HopperBwdConfig(64, 128, SPLIT_GROUP=2)]
+            tried += [HopperBwdConfig(64, 128, SPLIT_GROUP=2),
+                      *(HopperBwdConfig(64, 128, SPLIT_GROUP=s, DETERMINISTIC=True) for s in (1, 2))]
             if case.window:
                 tried += [HopperBwdConfig(m, n, s, FORM=1)
                           for m, n, s in itertools.product((64, 128), (64, 128), (2, 3))]
