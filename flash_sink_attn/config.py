@@ -224,8 +224,8 @@ class HopperBwdConfig(_Config):
         SPLIT_GROUP: programs that share a group's query heads at the same keys, and with FORM 1 at the same queries:
             more programs where there are too few to keep the GPU busy, and one more launch to add up their dk and dv.
             1 with FORM 2 and at head dims above 128.
-        DETERMINISTIC: for a FORM 0 that adds dq up in one order of keys, each program when its turn comes; not at head
-            dims above 128. The other forms give the same bits each time by nature: False.
+        DETERMINISTIC: for a FORM 0 that adds dq up in one order of keys, each program when its turn comes. The other
+            forms give the same bits each time by nature: False.
     """
 
     BLOCK_M: int

@@ -259,13 +259,13 @@ def _hopper_bwd_wide_reason(c: HopperBwdConfig, form: HopperBwdForm, shape: _Sha
     if (reason := _hopper_reject_reason(c, shape)) is not None:
         return reason
     if form != HopperBwdForm.ACCUMULATE:
-        return f"head dims above 128 have FORM 0 only, whose dq differs from run to run, got FORM {c.FORM}"
+        return f"head dims above 128 have FORM 0 only, got FORM {c.FORM}"
     if (c.BLOCK_M, c.BLOCK_N) != (64, 64):
         return f"BLOCK_M and BLOCK_N must be 64 at head dims above 128, got {c.BLOCK_M} and {c.BLOCK_N}"
     if c.num_stages < 2:
         return f"num_stages must be at least 2 with FORM 0 (a tile begins before the last is done), got {c.num_stages}"
     for name, value, only in (("BUFFERS", c.BUFFERS, 0), ("maxnreg", c.maxnreg, None),
-                              ("SPLIT_GROUP", c.SPLIT_GROUP, 1), ("DETERMINISTIC", c.DETERMINISTIC, False)):
+                              ("SPLIT_GROUP", c.SPLIT_GROUP, 1)):
         if value != only:
             return f"{name} must be {only} at head dims above 128, got {value}"
     # K and V, the ring of q, do and their rows' statistics, a tile of P and two of dS

@@ -61,6 +61,10 @@ FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
     "256": (256, ACCUMULATE_WIDE, None),
     "192-window": (192, ACCUMULATE_WIDE_3, 128),
     "256-window": (256, ACCUMULATE_WIDE, 200),
+    "192-ordered": (192, dataclasses.replace(ACCUMULATE_WIDE, DETERMINISTIC=True), None),
+    "256-ordered": (256, dataclasses.replace(ACCUMULATE_WIDE, DETERMINISTIC=True), None),
+    "192-ordered-window": (192, dataclasses.replace(ACCUMULATE_WIDE_3, DETERMINISTIC=True), 128),
+    "256-ordered-window": (256, dataclasses.replace(ACCUMULATE_WIDE, DETERMINISTIC=True), 200),
 }
 HEAD_DIM_V = {192: 128}  # where it is another
 SINKS = ("normal", "none", "absent", "high", "low", "half")

@@ -257,7 +257,8 @@ def test_the_rule_for_the_hopper_backward(
     (ACCUMULATE, 256, 256, "must be 64 at head dims above 128"), (RECOMPUTE, 256, 256, "have FORM 0 only"),
     (SLIDE, 192, 128, "have FORM 0 only"), (dataclasses.replace(WIDE, BUFFERS=2), 256, 256, "BUFFERS must be 0"),
     (dataclasses.replace(WIDE, maxnreg=128), 256, 256, "maxnreg must be None"),
-    (dataclasses.replace(WIDE, DETERMINISTIC=True), 256, 256, "DETERMINISTIC must be False"),
+    (dataclasses.replace(WIDE, DETERMINISTIC=True), 256, 256, None),
+    (dataclasses.replace(WIDE, DETERMINISTIC=True), 192, 128, None),
 ])
 def test_the_rule_for_the_hopper_backward_at_wide_head_dims(
     config: HopperBwdConfig, head_dim: int, head_dim_v: int, words: str | None

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flash_sink_attn.hopper.backward_common import probabilities, scratch_add_64, scratch_offsets
-from flash_sink_attn.hopper.backward_walk import NO_ORDER, first_tile, key_tile, next_tile
+from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, keep_order, key_tile, next_tile
 from flash_sink_attn.hopper.common import (
     advance,
     await_launch_before,
@@ -43,12 +43,13 @@ def _load(descs, Lse2, Delta, cu_q, cu_k, smem, bars, work, shape: gl.constexpr)
     STAGES: gl.constexpr = shape[4]
     VARLEN: gl.constexpr = shape[5]
     WINDOW: gl.constexpr = shape[6]
+    ORDERED: gl.constexpr = shape[7]
     q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc = descs
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
-    kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready = bars
+    kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, NO_ORDER)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, ORDERED)
     q_b, q_row = place_of(b, start_q, len_q, VARLEN)
     k_b, k_row = place_of(b, start_k, len_k, VARLEN)
     BYTES: gl.constexpr = q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if D2 else 0)
@@ -132,8 +133,9 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
     STAGES: gl.constexpr = shape[4]
     VARLEN: gl.constexpr = shape[5]
     WINDOW: gl.constexpr = shape[6]
+    ORDERED: gl.constexpr = shape[7]
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
-    kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready = bars
+    kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     dtype: gl.constexpr = k_smem.dtype
     # at head dim 256 the registers hold 64 columns of dQ at a time beside dV
@@ -146,7 +148,7 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, NO_ORDER)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, ORDERED)
     if ok:
         key = gl.expand_dims(first_key - offset + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
         row = gl.arange(0, 64, layout=ROW)
@@ -184,6 +186,8 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
             hold_half(p)
             barrier_arrive(do_empty + slot, True)
             to = offsets + current.to(gl.int64) * ((D + D2) * 256)
+            if ORDERED:
+                barrier_wait(turn + i % TURNS, i // TURNS & 1)
             for c in gl.static_range(1, PARTS):
                 more = _start_dq(smem, i, dq_zero, c, D, D2)
                 dq = warpgroup_mma_wait(1, deps=[dq])
@@ -193,6 +197,8 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
             s = _scores(smem, following, zero, D, D2)
             dq = warpgroup_mma_wait(2 if D2 else 1, deps=[dq])
             scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
+            if ORDERED:
+                barrier_arrive(added + i % TURNS, True)
             lse2 = lse_smem.index(following).load(ROW)
             # not carried in flight over the back edge: ptxas would serialise all products (C7514)
             s = warpgroup_mma_wait(0, deps=[s])
@@ -218,8 +224,9 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
     STAGES: gl.constexpr = shape[4]
     VARLEN: gl.constexpr = shape[5]
     WINDOW: gl.constexpr = shape[6]
+    ORDERED: gl.constexpr = shape[7]
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
-    kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready = bars
+    kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     dtype: gl.constexpr = k_smem.dtype
     PARTS: gl.constexpr = 1 if D2 else D // 128
@@ -233,7 +240,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
     A2_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=Q_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, NO_ORDER)
+        cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, ORDERED)
     if ok:
         v = v_smem.index(0).reshape([64, DV])
         zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
@@ -278,6 +285,8 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
             hold_half(ds)
             barrier_arrive(q_empty + slot, True)
             to = offsets + current.to(gl.int64) * ((D + D2) * 256)
+            if ORDERED:
+                barrier_wait(turn + i % TURNS, i // TURNS & 1)
             for c in gl.static_range(1, PARTS):
                 more = _start_dq(smem, i, dq_zero, PARTS + c, D, D2)
                 dq = warpgroup_mma_wait(1, deps=[dq])
@@ -288,6 +297,8 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
                                is_async=True)
             dq = warpgroup_mma_wait(1, deps=[dq])
             scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
+            if ORDERED:
+                barrier_arrive(added + i % TURNS, True)
             # not carried in flight over the back edge, as above
             dp = warpgroup_mma_wait(0, deps=[dp])
             slot = following
@@ -311,17 +322,18 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
 
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "rows", "tiles", "section", "window"])
 def hopper_bwd_wide_kernel(
-    q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc, dk_desc, dk2_desc, dv_desc, DQ, Lse2, Delta, CuSeqlensQ,
+    q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc, dk_desc, dk2_desc, dv_desc, DQ, Turn, Lse2, Delta, CuSeqlensQ,
     CuSeqlensK,
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, WINDOW: gl.constexpr, REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    VARLEN: gl.constexpr, WINDOW: gl.constexpr, ORDERED: gl.constexpr, REGISTERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
 ):
     """One program per 64 keys of a key head, which walks the query tiles that see them, all heads of a tile in turn.
 
     *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64, 1, D) or DV, and those with a 2 of
     the columns from D on in blocks of (1, 64, 1, D2), where D2 is not 0; see descriptors.describe. DQ: float32 scratch
-    of zeros, (64, D + D2) for each tile of each head in the order of scratch_offsets. Lse2, Delta: as
+    of zeros, (64, D + D2) for each tile of each head in the order of scratch_offsets. Turn, Lse2, Delta: as
     hopper_bwd_keys_kernel's.
     """
     dtype: gl.constexpr = q_desc.dtype
@@ -349,6 +361,8 @@ def hopper_bwd_wide_kernel(
     #   round r, for parity (r + 1) % 2: at round 0 the one before the first, which is passed at once.
     # p_ready: each warp that makes P once, when its part of tile i's is stored; those that make dS wait for parity
     #   i % 2. ds_ready: the other way round, and those that make dS wait for it too, since each reads all of dS.
+    # turn (ORDERED): keep_order's taking warp once, when the tile's turn has come; both warpgroups wait for it before they
+    #   add. added: each of the eight warps once, when it has added its columns. passed: the warp that passes the turn on.
     # Nobody waits to overwrite. P(i) goes where P(i - 1) was, after the wait for all of dS(i - 1), which was made of
     # it. dS(i) goes where dS(i - 2) was, which both warpgroups' products have read: the first has said so with P(i)
     # and the second with dS(i - 1), for both of which all warps that write have waited.
@@ -360,6 +374,9 @@ def hopper_bwd_wide_kernel(
     do_empty = q_empty + STAGES
     p_ready = do_empty + STAGES
     ds_ready = p_ready + 1
+    turn = ds_ready + 1
+    added = turn + TURNS
+    passed = added + TURNS
     mbarrier.init(kv_ready, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_ready.index(i), count=2)
@@ -368,16 +385,30 @@ def hopper_bwd_wide_kernel(
         barrier_init(do_empty + i, 8)
     barrier_init(p_ready, 4)
     barrier_init(ds_ready, 4)
+    if ORDERED:
+        for i in gl.static_range(TURNS):
+            barrier_init(turn + i, 1)
+            barrier_init(added + i, 8)
+            barrier_init(passed + i, 1)
     fence_async_shared()
     gl.thread_barrier()
     smem = (k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem)
-    bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready)
+    bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed)
     work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
     # by place, as the partitions take it apart
-    shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW)
-    gl.warp_specialize([
-        (_compute_values, (dv_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale_log2, shape)),
-        (_compute_keys, (dk_desc, dk2_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale, shape)),
-        (_load, ((q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc), Lse2, Delta, CuSeqlensQ, CuSeqlensK, smem, bars,
-          work, shape)),
-    ], [4, 1], [REGISTERS, LOADER_REGISTERS])
+    shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW, ORDERED)
+    values = (dv_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale_log2, shape)
+    keys = (dk_desc, dk2_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale, shape)
+    load = ((q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc), Lse2, Delta, CuSeqlensQ, CuSeqlensK, smem, bars, work,
+            shape)
+    if ORDERED:
+        gl.warp_specialize([
+            (_compute_values, values), (_compute_keys, keys), (_load, load),
+            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64, GROUP, 1, VARLEN, WINDOW,
+                          not WINDOW, ORDERED, 0, True)),
+            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64, GROUP, 1, VARLEN, WINDOW,
+                          not WINDOW, ORDERED, 0, False)),
+        ], [4, 1, 1, 1], [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
+    else:
+        gl.warp_specialize([(_compute_values, values), (_compute_keys, keys), (_load, load)], [4, 1],
+                           [REGISTERS, LOADER_REGISTERS])

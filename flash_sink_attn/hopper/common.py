@@ -177,7 +177,7 @@ def settle(l):
     return gl.inline_asm_elementwise(
         "{ .reg .pred p, q; setp.eq.f32 p, $2, 0fBF800000; setp.eq.f32 q, $3, 0fBF800000; or.pred p, p, q; "
         "@p st.volatile.shared.f32 [own_barriers + 1020], $2; mov.f32 $0, $2; mov.f32 $1, $3; }",
-        "=f,=f,f,f", [l], dtype=gl.float32, is_pure=False, pack=2)
+        "=&f,=&f,f,f", [l], dtype=gl.float32, is_pure=False, pack=2)
 
 
 @gluon.jit

@@ -162,7 +162,7 @@ def _accumulate(call: _Call) -> Any:
         c.o, c.do, c.lse, c.dlse, c.sinks, c.lse2, c.delta, c.parts, scratch, turn, cu_q, *strides, c.sequences.batch,
         c.sequences.seqlen_q, heads, c.tiles,
     ], {"D": width_v, "D_TRUE": c.v.shape[-1], "WIDTH": c.width} | common, num_warps=4 if width_v == 64 else 8)
-    compiled, sums = (_wide(c, scratch), None) if c.width > 128 else _keys(c, scratch, turn)
+    compiled, sums = (_wide(c, scratch, turn), None) if c.width > 128 else _keys(c, scratch, turn)
     _finish(c, scratch, sums)
     return compiled
 
@@ -230,7 +230,7 @@ def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) 
         "GROUP": c.group, "SPLIT": split, "D": c.width, "WARPGROUPS": warpgroups, "STAGES": config.num_stages,
         "BUFFERS": config.buffers(c.width), "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0,
         "TOGETHER": accumulates and not c.window, "DQ_BY": (1 if c.width == 64 else 2) if accumulates else 0,
-        "ORDERED": (NO_ORDER if turn is None else _walk(c)).value, "ROUNDED": not accumulates or c.width > 64,
+        "ORDERED": _walk(c, turn), "ROUNDED": not accumulates or c.width > 64,
         "REGISTERS": registers, "DQ_REGISTERS": dq_registers, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
         "D2": split_head_dim(c.q.shape[-1])[1],
     }, config.maxnreg or maxnreg, dependent=True)
@@ -274,7 +274,7 @@ def _launch_keeping(keep: bool, kernel: Any, programs: int, device: torch.device
         return launched(False)
 
 
-def _wide(call: _Call, scratch: torch.Tensor) -> Any:
+def _wide(call: _Call, scratch: torch.Tensor, turn: torch.Tensor | None) -> Any:
     """As :func:`_keys` with ``scratch``, for head dims above 128."""
     c = call
     (first, second), width_v = split_head_dim(c.q.shape[-1]), c.v.shape[-1]
@@ -286,12 +286,12 @@ def _wide(call: _Call, scratch: torch.Tensor) -> Any:
 
     return launch(hopper_bwd_wide_kernel, tiles * c.units, c.q.device, [
         *described(c.q), *described(c.k), describe(c.v, 64, width_v), describe(c.do, 64, width_v), *described(c.dk),
-        describe(c.dv, 64, width_v), scratch, c.lse2, c.delta, c.sequences.cu_seqlens_q,
+        describe(c.dv, 64, width_v), scratch, turn, c.lse2, c.delta, c.sequences.cu_seqlens_q,
         c.sequences.cu_seqlens_k, c.sequences.batch, c.sequences.seqlen_q, c.sequences.seqlen_k, c.heads_kv, c.rows,
         tiles, _section(c, tiles, 64, True), c.window, c.scale, c.scale * LOG2E,
     ], {
         "GROUP": c.group, "D": first, "D2": second, "DV": width_v, "STAGES": c.config.num_stages,
-        "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "REGISTERS": 240,
+        "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "ORDERED": _walk(c, turn), "REGISTERS": 240,
         "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
     }, num_warps=4, maxnreg=168, dependent=True)
 
@@ -323,10 +323,12 @@ def _slide(call: _Call) -> Any:
     return compiled
 
 
-def _walk(call: _Call) -> Any:
-    """How programs walk where dQ is added in one order, see backward_walk."""
+def _walk(call: _Call, turn: torch.Tensor | None) -> int:
+    """``ORDERED`` of backward_walk: how programs walk where dQ is added in one order, which ``turn`` keeps."""
     c, heads = call, -(-call.group // call.config.SPLIT_GROUP)
-    return ONE_BEHIND if one_behind(c.q.shape[-1], heads, c.window or None) else ABREAST
+    if turn is None:
+        return int(NO_ORDER.value)
+    return int((ONE_BEHIND if one_behind(c.q.shape[-1], heads, c.window or None) else ABREAST).value)
 
 
 def _section(call: _Call, tiles: int, block_n: int, accumulates: bool) -> int:
