@@ -268,8 +268,8 @@ def _hopper_bwd_wide_reason(c: HopperBwdConfig, form: HopperBwdForm, shape: _Sha
                               ("SPLIT_GROUP", c.SPLIT_GROUP, 1)):
         if value != only:
             return f"{name} must be {only} at head dims above 128, got {value}"
-    # K and V, the ring of q, do and their rows' statistics, a tile of P and two of dS
-    shared = (2 * 64 * (shape.head_dim + shape.head_dim_v) * (1 + c.num_stages) + 512 * c.num_stages + 3 * 2 * 64 * 64
+    # K and V, the ring of q, do and their rows' statistics, two tiles of P and two of dS
+    shared = (2 * 64 * (shape.head_dim + shape.head_dim_v) * (1 + c.num_stages) + 512 * c.num_stages + 4 * 2 * 64 * 64
               + HOPPER_OTHER_SHARED)
     if shared > shape.limits.shared_bytes:
         return f"tiles need {shared} bytes of shared memory, the GPU has {shape.limits.shared_bytes}"

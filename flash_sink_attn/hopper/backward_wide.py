@@ -134,6 +134,7 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
     VARLEN: gl.constexpr = shape[5]
     WINDOW: gl.constexpr = shape[6]
     ORDERED: gl.constexpr = shape[7]
+    LATE: gl.constexpr = shape[8]
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -161,6 +162,12 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
         phase = 0
         head_rows = rows // 64  # tiles of one head
         tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
+        # with LATE dQ is a tile late, so that the other warpgroup makes dS meanwhile; the first one's is of zeros
+        before = tile0 + g * head_rows + m
+        if LATE:
+            ds_smem.index(1).store(zero.to(dtype))
+            fence_async_shared()
+            gl.thread_barrier()
         mbarrier.wait(kv_ready, 0)
         # S of the first tile; from then on each turn starts the next one's
         mbarrier.wait(q_ready.index(0), 0, pred=total > 0)
@@ -169,8 +176,8 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
         s = warpgroup_mma_wait(0, deps=[s])
         for i in range(total):
             p = probabilities(s, lse2, key, row, m, first_key - offset, window, scale_log2, WINDOW).to(dtype)
-            p_smem.store(p)
-            barrier_arrive(p_ready, True)
+            p_smem.index(i & 1).store(p)
+            barrier_arrive(p_ready + i % 2, True)
             barrier_arrive(q_empty + slot, True)
             p = hold_half(gl.convert_layout(p, A_LAYOUT))
             do = do_smem.index(slot).reshape([64, DV])
@@ -179,17 +186,18 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
             current = tile0 + g * head_rows + m
             m, g, left = next_tile(m, g, left, course, not WINDOW)
             following, following_phase = advance(slot, phase, STAGES)
-            # while dV is being multiplied, the other warpgroup makes dS of this P
-            barrier_wait(ds_ready, i & 1)
-            dq = _start_dq(smem, i, dq_zero, 0, D, D2)
+            # dS of the tile before: at the first one the phase before the first, which is passed at once
+            barrier_wait(ds_ready + (i + LATE) % 2, (i + LATE) // 2 & 1 ^ LATE)
+            dq = _start_dq(smem, i + LATE, dq_zero, 0, D, D2)
             dv = warpgroup_mma_wait(1, deps=[dv])
             hold_half(p)
             barrier_arrive(do_empty + slot, True)
-            to = offsets + current.to(gl.int64) * ((D + D2) * 256)
+            to = offsets + (before if LATE else current).to(gl.int64) * ((D + D2) * 256)
+            before = current
             if ORDERED:
                 barrier_wait(turn + i % TURNS, i // TURNS & 1)
             for c in gl.static_range(1, PARTS):
-                more = _start_dq(smem, i, dq_zero, c, D, D2)
+                more = _start_dq(smem, i + LATE, dq_zero, c, D, D2)
                 dq = warpgroup_mma_wait(1, deps=[dq])
                 scratch_add_64(to + (c - 1) * (PART * 256), dq)
                 dq = more
@@ -204,6 +212,16 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
             s = warpgroup_mma_wait(0, deps=[s])
             slot = following
             phase = following_phase
+        if LATE and total > 0:
+            barrier_wait(ds_ready + (total + 1) % 2, (total + 1) // 2 & 1 ^ 1)
+            to = offsets + before.to(gl.int64) * ((D + D2) * 256)
+            if ORDERED:
+                barrier_wait(turn + total % TURNS, total // TURNS & 1)
+            for c in gl.static_range(PARTS):
+                dq = warpgroup_mma_wait(0, deps=[_start_dq(smem, total + 1, dq_zero, c, D, D2)])
+                scratch_add_64(to + c * (PART * 256), dq)
+            if ORDERED:
+                barrier_arrive(added + total % TURNS, True)
         # The last dS told that the other warpgroup has read all tiles of do; this one's warps ask each other.
         gl.thread_barrier()
         do_smem.index(0).reshape([64, DV]).store(dv.to(dtype))
@@ -225,6 +243,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
     VARLEN: gl.constexpr = shape[5]
     WINDOW: gl.constexpr = shape[6]
     ORDERED: gl.constexpr = shape[7]
+    LATE: gl.constexpr = shape[8]
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -259,13 +278,16 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
         mbarrier.wait(do_ready.index(0), 0, pred=total > 0)
         dp = warpgroup_mma(v, do_smem.index(0).reshape([64, DV]).permute((1, 0)), zero, use_acc=False, is_async=True)
         dp = warpgroup_mma_wait(0, deps=[dp])
+        if ORDERED and LATE:
+            # the other warpgroup begins with a tile of zeros, to which this one has nothing to add
+            barrier_arrive(added, total > 0)
         for i in range(total):
             dp -= gl.expand_dims(delta_smem.index(slot).load(ROW), 0)
-            barrier_wait(p_ready, i & 1)
-            ds = (p_smem.load(S_LAYOUT).to(gl.float32) * dp).to(dtype)
+            barrier_wait(p_ready + i % 2, i // 2 & 1)
+            ds = (p_smem.index(i & 1).load(S_LAYOUT).to(gl.float32) * dp).to(dtype)
             ds_smem.index(i & 1).store(ds)
             fence_async_shared()
-            barrier_arrive(ds_ready, True)
+            barrier_arrive(ds_ready + i % 2, True)
             barrier_arrive(do_empty + slot, True)
             ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
             mbarrier.wait(q_ready.index(slot), phase)
@@ -276,7 +298,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
             current = tile0 + g * head_rows + m
             m, g, left = next_tile(m, g, left, course, not WINDOW)
             following, following_phase = advance(slot, phase, STAGES)
-            barrier_wait(ds_ready, i & 1)
+            barrier_wait(ds_ready + i % 2, i // 2 & 1)
             dq = _start_dq(smem, i, dq_zero, PARTS, D, D2)
             if D2:
                 dk, dk2 = warpgroup_mma_wait(1, deps=[dk, dk2])
@@ -286,7 +308,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
             barrier_arrive(q_empty + slot, True)
             to = offsets + current.to(gl.int64) * ((D + D2) * 256)
             if ORDERED:
-                barrier_wait(turn + i % TURNS, i // TURNS & 1)
+                barrier_wait(turn + (i + LATE) % TURNS, (i + LATE) // TURNS & 1)
             for c in gl.static_range(1, PARTS):
                 more = _start_dq(smem, i, dq_zero, PARTS + c, D, D2)
                 dq = warpgroup_mma_wait(1, deps=[dq])
@@ -298,7 +320,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
             dq = warpgroup_mma_wait(1, deps=[dq])
             scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
             if ORDERED:
-                barrier_arrive(added + i % TURNS, True)
+                barrier_arrive(added + (i + LATE) % TURNS, True)
             # not carried in flight over the back edge, as above
             dp = warpgroup_mma_wait(0, deps=[dp])
             slot = following
@@ -348,7 +370,7 @@ def hopper_bwd_wide_kernel(
     if D2:
         k2_smem = gl.allocate_shared_memory(dtype, [1] + k2_desc.block_type.shape, k2_desc.layout)
         q2_smem = gl.allocate_shared_memory(dtype, [STAGES] + q2_desc.block_type.shape, q2_desc.layout)
-    p_smem = gl.allocate_shared_memory(dtype, [64, 64], PANEL)
+    p_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], PANEL)
     ds_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], PANEL)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], FLAT)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], FLAT)
@@ -359,11 +381,15 @@ def hopper_bwd_wide_kernel(
     # q_empty, do_empty: each of the eight warps once, when its product that reads the slot has ended and, of lse the
     #   first four and of delta the others, it has read the statistics; the loader waits, before it fills the slot for
     #   round r, for parity (r + 1) % 2: at round 0 the one before the first, which is passed at once.
-    # p_ready: each warp that makes P once, when its part of tile i's is stored; those that make dS wait for parity
-    #   i % 2. ds_ready: the other way round, and those that make dS wait for it too, since each reads all of dS.
-    # turn (ORDERED): keep_order's taking warp once, when the tile's turn has come; both warpgroups wait for it before they
-    #   add. added: each of the eight warps once, when it has added its columns. passed: the warp that passes the turn on.
-    # Nobody waits to overwrite. P(i) goes where P(i - 1) was, after the wait for all of dS(i - 1), which was made of
+    # p_ready, ds_ready: two each, for even and odd tiles, since the first warpgroup may be two tiles ahead of what the
+    #   second waits for. p_ready: each warp that makes P once, when its part of tile i's is stored; those that make dS
+    #   wait for parity i / 2 % 2. ds_ready: the other way round; those that make P wait for tile i's in tile
+    #   i + LATE (with LATE in tile 0 for the phase before the first, and after the last tile for its), and those that
+    #   make dS wait for it too, since each reads all of dS.
+    # turn (ORDERED): keep_order's taking warp once, when the tile's turn has come; both warpgroups wait for it before
+    #   they add. added: each of the eight warps once, when it has added its columns. With LATE number 0 of both rings
+    #   is a tile of zeros: what the first warpgroup adds in its tile i is number i, what the second adds number i + 1.
+    # Nobody waits to overwrite. P(i) goes where P(i - 2) was, after the wait for all of dS(i - 2), which was made of
     # it. dS(i) goes where dS(i - 2) was, which both warpgroups' products have read: the first has said so with P(i)
     # and the second with dS(i - 1), for both of which all warps that write have waited.
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -373,8 +399,8 @@ def hopper_bwd_wide_kernel(
     q_empty = 0
     do_empty = q_empty + STAGES
     p_ready = do_empty + STAGES
-    ds_ready = p_ready + 1
-    turn = ds_ready + 1
+    ds_ready = p_ready + 2
+    turn = ds_ready + 2
     added = turn + TURNS
     passed = added + TURNS
     mbarrier.init(kv_ready, count=1)
@@ -383,8 +409,9 @@ def hopper_bwd_wide_kernel(
         mbarrier.init(do_ready.index(i), count=2)
         barrier_init(q_empty + i, 8)
         barrier_init(do_empty + i, 8)
-    barrier_init(p_ready, 4)
-    barrier_init(ds_ready, 4)
+    for i in gl.static_range(2):
+        barrier_init(p_ready + i, 4)
+        barrier_init(ds_ready + i, 4)
     if ORDERED:
         for i in gl.static_range(TURNS):
             barrier_init(turn + i, 1)
@@ -396,7 +423,10 @@ def hopper_bwd_wide_kernel(
     bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed)
     work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
     # by place, as the partitions take it apart
-    shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW, ORDERED)
+    # In one order a late dQ is a turn passed late: 1.28 for 1.02 of the time at head dim 192 with a window of 1024; at
+    # 256 1.27 for 1.24, where registers spill without.
+    LATE: gl.constexpr = 0 if ORDERED and WINDOW and D2 else 1
+    shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW, ORDERED, LATE)
     values = (dv_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale_log2, shape)
     keys = (dk_desc, dk2_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale, shape)
     load = ((q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc), Lse2, Delta, CuSeqlensQ, CuSeqlensK, smem, bars, work,
@@ -405,9 +435,9 @@ def hopper_bwd_wide_kernel(
         gl.warp_specialize([
             (_compute_values, values), (_compute_keys, keys), (_load, load),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64, GROUP, 1, VARLEN, WINDOW,
-                          not WINDOW, ORDERED, 0, True)),
+                          not WINDOW, ORDERED, LATE, True)),
             (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64, GROUP, 1, VARLEN, WINDOW,
-                          not WINDOW, ORDERED, 0, False)),
+                          not WINDOW, ORDERED, LATE, False)),
         ], [4, 1, 1, 1], [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
     else:
         gl.warp_specialize([(_compute_values, values), (_compute_keys, keys), (_load, load)], [4, 1],
