@@ -48,12 +48,13 @@ _HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1),
                HopperFwdConfig(128, 64, SHARE_Q=True), HopperFwdConfig(128, 64), HopperFwdConfig(64, 64))
 # Large tiles, without a window and with one; at head dim 128 those of 192 rows, at 64 those of 128 keys among them. A
 # second tile of q took 0.5 to 2% from 128 x 128 at 1024 to 8192 tokens (under windows it cost 6 to 9%), 1 to 3% from
-# 256 x 64 under windows.
+# 256 x 64 under windows. One loop with its masks behind a branch took 0 to 2% from 128 x 128 without a window and 1 to
+# 5% from 192 x 64 with one (it added 0 to 4% to that without, and 2 to 10% to 256 x 64 but for windows up to 512).
 _HOPPER_FWD_LARGE: dict[tuple[int, int], tuple[HopperFwdConfig, HopperFwdConfig]] = {
-    (128, 128): (HopperFwdConfig(128, 128, Q_STAGES=2, PROGRAMS_PER_SM=1),
+    (128, 128): (HopperFwdConfig(128, 128, Q_STAGES=2, SPLIT_LOOPS=False, PROGRAMS_PER_SM=1),
                  HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1)),
     (192, 64): (HopperFwdConfig(192, 64, 4, SHARE_Q=True, PROGRAMS_PER_SM=1),
-                HopperFwdConfig(192, 64, 3, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=1)),
+                HopperFwdConfig(192, 64, 3, Q_STAGES=2, SPLIT_LOOPS=False, SHARE_Q=True, PROGRAMS_PER_SM=1)),
     (192, 128): (HopperFwdConfig(192, 128, 3, PROGRAMS_PER_SM=1),) * 2,
     (256, 64): (HopperFwdConfig(256, 64, 4, PROGRAMS_PER_SM=1),
                 HopperFwdConfig(256, 64, 4, Q_STAGES=2, PROGRAMS_PER_SM=1)),
@@ -74,7 +75,7 @@ _HOPPER_FWD_WINDOW_SMALL_DIM = (
     HopperFwdConfig(64, 64, 2, PROGRAMS_PER_SM=3, maxnreg=80))
 _HOPPER_BWD = (HopperBwdConfig(64, 128), HopperBwdConfig(64, 128, DETERMINISTIC=True), HopperBwdConfig(64, 64, FORM=1))
 _HOPPER_BWD_LARGE_DIM = tuple(
-    HopperBwdConfig(64, 64, stages, DETERMINISTIC=ordered) for ordered in (False, True) for stages in (3, 2))
+    HopperBwdConfig(64, 64, DETERMINISTIC=ordered) for ordered in (False, True))
 _HOPPER_BWD_SMALL_DIM = (HopperBwdConfig(64, 128, 3), HopperBwdConfig(64, 128, 3, DETERMINISTIC=True))
 _HOPPER_BWD_RECOMPUTE = (HopperBwdConfig(64, 64, FORM=1),)
 _HOPPER_BWD_SLIDE = (HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 3, FORM=2))

@@ -251,7 +251,7 @@ def hopper_bwd_reject_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
     if form != HopperBwdForm.SLIDE and c.num_stages < 2:
         return (f"num_stages must be at least 2 with FORM {c.FORM} (a tile begins before the last is done), got "
                 f"{c.num_stages}")
-    return _hopper_bwd_counts_reason(c, form, width) or _hopper_bwd_shared_reason(c, form, width, shape.limits)
+    return _hopper_bwd_counts_reason(c, form, width) or _hopper_bwd_shared_reason(c, shape)
 
 
 def _hopper_bwd_wide_reason(c: HopperBwdConfig, form: HopperBwdForm, shape: _Shape) -> str | None:
@@ -268,12 +268,7 @@ def _hopper_bwd_wide_reason(c: HopperBwdConfig, form: HopperBwdForm, shape: _Sha
                               ("SPLIT_GROUP", c.SPLIT_GROUP, 1)):
         if value != only:
             return f"{name} must be {only} at head dims above 128, got {value}"
-    # K and V, the ring of q, do and their rows' statistics, two tiles of P and two of dS
-    shared = (2 * 64 * (shape.head_dim + shape.head_dim_v) * (1 + c.num_stages) + 512 * c.num_stages + 4 * 2 * 64 * 64
-              + HOPPER_OTHER_SHARED)
-    if shared > shape.limits.shared_bytes:
-        return f"tiles need {shared} bytes of shared memory, the GPU has {shape.limits.shared_bytes}"
-    return None
+    return _hopper_bwd_shared_reason(c, shape)
 
 
 def _hopper_bwd_counts_reason(c: HopperBwdConfig, form: HopperBwdForm, width: int) -> str | None:
@@ -295,10 +290,15 @@ def _hopper_bwd_counts_reason(c: HopperBwdConfig, form: HopperBwdForm, width: in
     return None
 
 
-def _hopper_bwd_shared_reason(c: HopperBwdConfig, form: HopperBwdForm, width: int, limits: Limits) -> str | None:
+def hopper_bwd_shared(c: HopperBwdConfig, head_dim: int, head_dim_v: int) -> int:
+    """Bytes of shared memory of a program of the Hopper backward, but for those of hopper.staging."""
+    width, form = hopper_bwd_width(head_dim), HopperBwdForm(c.FORM)
     tile, ds = 2 * 64 * width, 2 * 64 * 64
     keys, statistics = c.BLOCK_N // 64, 512 * c.num_stages
-    if form == HopperBwdForm.SLIDE:
+    if head_dim > 128:
+        # K and V, the ring of q, do and their rows' statistics, two tiles of P and two of dS
+        shared = 2 * 64 * (head_dim + head_dim_v) * (1 + c.num_stages) + statistics + 4 * ds
+    elif form == HopperBwdForm.SLIDE:
         shared = tile * (2 * 4 + 3 * c.num_stages) + ds * keys * c.buffers(width) + statistics
     else:
         shared = tile * 2 * (keys + c.num_stages) + statistics
@@ -306,7 +306,11 @@ def _hopper_bwd_shared_reason(c: HopperBwdConfig, form: HopperBwdForm, width: in
             shared += ds * keys * c.buffers(width)
         else:
             shared = max(shared, tile * (3 * c.BLOCK_M // 64 + 2 * 2))
-    shared += HOPPER_OTHER_SHARED
-    if shared > limits.shared_bytes:
-        return f"tiles need {shared} bytes of shared memory, the GPU has {limits.shared_bytes}"
+    return shared + HOPPER_OTHER_SHARED
+
+
+def _hopper_bwd_shared_reason(c: HopperBwdConfig, shape: _Shape) -> str | None:
+    shared = hopper_bwd_shared(c, shape.head_dim, shape.head_dim_v)
+    if shared > shape.limits.shared_bytes:
+        return f"tiles need {shared} bytes of shared memory, the GPU has {shape.limits.shared_bytes}"
     return None

@@ -213,7 +213,7 @@ def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
     ("hopper_fwd", WINDOW._replace(window=2048), HopperFwdConfig(256, 64, 4, Q_STAGES=2, PROGRAMS_PER_SM=1)),
     ("hopper_fwd", tokens(WIDE, 8192), HopperFwdConfig(192, 64, 4, SHARE_Q=True, PROGRAMS_PER_SM=1)),
     ("hopper_fwd", WIDE._replace(window=512),
-     HopperFwdConfig(192, 64, 3, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=1)),
+     HopperFwdConfig(192, 64, 3, Q_STAGES=2, SPLIT_LOOPS=False, SHARE_Q=True, PROGRAMS_PER_SM=1)),
     ("fwd", WINDOW._replace(heads_q=56), TileConfig(64, 32, 4, 3, PACK_GQA=True, SPLIT_LOOPS=False, TMA=True, TAIL_N=16,
                                                     BRANCH_MASKS=True)),
     ("hopper_fwd", WINDOW, PACKED),
@@ -233,11 +233,11 @@ def test_adding_in_order_is_lent_only_where_it_is_asked_for() -> None:
     ("hopper_fwd", tokens(WIDE, 4224, window=256), ALONE), ("hopper_fwd", tokens(WIDE, 1024), ALONE),
     ("hopper_fwd", tokens(WIDE, 4096, heads_q=28, heads_kv=4, window=512), ALONE),  # 0.86 of 192 x 64
     ("hopper_fwd", tokens(WIDE, 8192, heads_q=28, heads_kv=4, window=512),
-     HopperFwdConfig(192, 64, 3, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=1)),
+     HopperFwdConfig(192, 64, 3, Q_STAGES=2, SPLIT_LOOPS=False, SHARE_Q=True, PROGRAMS_PER_SM=1)),
     ("hopper_fwd", tokens(WIDE, 4224, window=256)._replace(varlen=True),
      HopperFwdConfig(64, 64, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=2)),
     ("hopper_fwd", tokens(WIDE, 384), HopperFwdConfig(64, 64, PROGRAMS_PER_SM=2)),
-    ("hopper_fwd", tokens(WIDE, 2048), HopperFwdConfig(128, 128, Q_STAGES=2, PROGRAMS_PER_SM=1)),
+    ("hopper_fwd", tokens(WIDE, 2048), HopperFwdConfig(128, 128, Q_STAGES=2, SPLIT_LOOPS=False, PROGRAMS_PER_SM=1)),
     # With as many as run at once: 1888 us of four that add up, 2207 of one, 1933 of two that multiply again. In
     # sections of eight the four take 0.96 of it, and by the estimate two 1739 us for 1786; of the other shape one 1972
     # for two 2011 (2104 and 2078 with as many as run at once).

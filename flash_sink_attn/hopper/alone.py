@@ -139,7 +139,7 @@ def _bring(descs, smem, bars, here, following, key, slot, more):
 
 
 @gluon.jit
-def _step(acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window, scale_log2, more,
+def _step(acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window, scale_log2, more, hides,
           CAUSAL: gl.constexpr, WINDOW: gl.constexpr, D: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr):
     """S of block j and O += P V of the block before run together; the softmax of this one overlaps the latter. As in
     :func:`flash_sink_attn.hopper.forward._step`, where the reasons for its order are. On entry K of this block and V of
@@ -152,7 +152,7 @@ def _step(acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, win
     s = warpgroup_mma_wait(1, deps=[s])
     gl.thread_barrier()
     _bring(descs, smem, bars, here, following, key, j & 1, more)
-    s = hide(s, reach, key, window, CAUSAL, WINDOW)
+    s = hide(s, reach, key, window, hides, CAUSAL, WINDOW)
     m_new, changed = follow(m, gl.convert_layout(largest(quads(s)), m.type.layout, assert_trivial=True) * scale_log2)
     alpha = gl.exp2(m - m_new)
     m = m_new
@@ -184,7 +184,7 @@ def hopper_alone_kernel(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     # Where the window's edge and the diagonal can meet in one block (WINDOW == 2), masked blocks get both comparisons.
-    BOTH: gl.constexpr = WINDOW == 2 or (WINDOW and not SPLIT_LOOPS)
+    BOTH: gl.constexpr = WINDOW == 2
     EDGE_CAUSAL: gl.constexpr = WINDOW == 2
     q_smem = gl.allocate_shared_memory(dtype, [1] + q_desc.block_type.shape, q_desc.layout).index(0)
     k_smem = gl.allocate_shared_memory(dtype, [1] + k_desc.block_type.shape, k_desc.layout).index(0)
@@ -234,13 +234,11 @@ def hopper_alone_kernel(
             key = begin + (blocks - 1) * 64
             # Blocks count from the right. [0, diagonal) lie on the diagonal, [diagonal, edge) are free of masks, [edge,
             # blocks) lie on the window's edge.
-            diagonal = blocks
             edge = blocks
-            if SPLIT_LOOPS:
-                diagonal = gl.minimum(gl.maximum(gl.cdiv(gl.maximum(key + 63 - earliest, 0), 64), 1), blocks)
-                if WINDOW:
-                    edge = gl.cdiv(gl.maximum(key - (earliest + 63) + window, 0), 64)
-                    edge = gl.minimum(gl.maximum(edge, diagonal), blocks)
+            diagonal = gl.minimum(gl.maximum(gl.cdiv(gl.maximum(key + 63 - earliest, 0), 64), 1), blocks)
+            if WINDOW:
+                edge = gl.cdiv(gl.maximum(key - (earliest + 63) + window, 0), 64)
+                edge = gl.minimum(gl.maximum(edge, diagonal), blocks)
             acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
             more = 1 < blocks
             mbarrier.wait(q_ready, q_parity)
@@ -266,7 +264,7 @@ def hopper_alone_kernel(
             tma.store_wait(0)
             gl.thread_barrier()
             _bring(descs, smem, bars, here, following, key, j & 1, more)
-            s = hide(s, reach, key, window, True, BOTH)
+            s = hide(s, reach, key, window, None, True, BOTH)
             m = largest(quads(s))
             m = gl.maximum(gl.max(m, axis=1) * scale_log2, FAR_BELOW)
             m = gl.expand_dims(m, 1) + gl.zeros_like(largest(quads(s)))
@@ -275,23 +273,29 @@ def hopper_alone_kernel(
             mbarrier.wait(k_ready, (j + 1) & 1, pred=more)
             mbarrier.wait(v_ready, j & 1)
             j += 1
-            for n in range(1, diagonal):
-                key -= 64
-                acc, m, l, p16, j = _step(
-                    acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window, scale_log2,
-                    n + 1 < blocks, True, BOTH, D, S_LAYOUT, P_LAYOUT)
             if SPLIT_LOOPS:
+                for n in range(1, diagonal):
+                    key -= 64
+                    acc, m, l, p16, j = _step(
+                        acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window, scale_log2,
+                        n + 1 < blocks, None, True, BOTH, D, S_LAYOUT, P_LAYOUT)
                 for n in range(diagonal, edge):
                     key -= 64
                     acc, m, l, p16, j = _step(
                         acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window, scale_log2,
-                        n + 1 < blocks, False, False, D, S_LAYOUT, P_LAYOUT)
+                        n + 1 < blocks, None, False, False, D, S_LAYOUT, P_LAYOUT)
                 if WINDOW:
                     for n in range(edge, blocks):
                         key -= 64
                         acc, m, l, p16, j = _step(
-                            acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window,
-                            scale_log2, n + 1 < blocks, EDGE_CAUSAL, True, D, S_LAYOUT, P_LAYOUT)
+                            acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window, scale_log2,
+                            n + 1 < blocks, None, EDGE_CAUSAL, True, D, S_LAYOUT, P_LAYOUT)
+            else:
+                for n in range(1, blocks):
+                    key -= 64
+                    acc, m, l, p16, j = _step(
+                        acc, m, l, p16, j, key, descs, smem, bars, here, following, reach, window, scale_log2,
+                        n + 1 < blocks, (n < diagonal) | (n >= edge), True, WINDOW > 0, D, S_LAYOUT, P_LAYOUT)
             last = (j - 1) & 1
             acc = warpgroup_mma(p16, v_smem.index(last).reshape([64, D]), acc, is_async=True)
             m = gl.convert_layout(gl.max(m, axis=1), ROW_LAYOUT)

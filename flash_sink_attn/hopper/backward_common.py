@@ -52,11 +52,18 @@ def opaque(x):
 
 
 @gluon.jit
+def opaque_address(x):
+    """As :func:`opaque`, of a pointer, in bytes."""
+    return gl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [x.to(gl.int64)], dtype=gl.int64, is_pure=False, pack=1)
+
+
+@gluon.jit
 def scratch_offsets(LAYOUT: gl.constexpr, COLUMNS: gl.constexpr):
-    """Bytes from a scratch tile's start to each element of an accumulator."""
+    """Bytes from a scratch tile's start to each element of an accumulator; a warp's rows of 64 columns lie together."""
     r = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)), 1)
     c = gl.expand_dims(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    x = (c // 8) * 2048 + (r // 16) * 512 + (r % 8) * 64 + ((c % 8) // 2) * 16 + ((r // 8) % 2) * 8 + (c % 2) * 4
+    x = (c // 64) * 16384 + (r // 16) * 4096 + (c % 64 // 8) * 512 + (r % 8) * 64
+    x += ((c % 8) // 2) * 16 + ((r // 8) % 2) * 8 + (c % 2) * 4
     return x.to(gl.int64)
 
 
@@ -66,11 +73,16 @@ def scratch_add(pointer, x):
                               "=r,l,l,l,l,f,f,f,f", [pointer, x], dtype=gl.int8, is_pure=False, pack=4)
 
 
+def apart(four: int) -> int:
+    """Bytes in scratch from the first four values of a thread to four number ``four``."""
+    return four // 8 * 16384 + four % 8 * 512
+
+
 def _add(count: int) -> str:
-    """``count`` values of a thread to where the first pointer says and, by fours, 2 KiB further each time; operands are
-    results, four to a register, then pointers, then values."""
+    """``count`` values of a thread to where the first pointer says and, by fours, :func:`apart` from there; operands
+    are results, four to a register, then pointers, then values."""
     fours, first = count // 4, count // 4 + count
-    adds = " ".join(f"red.relaxed.gpu.global.add.v4.f32 [${fours} + {j * 2048}], "
+    adds = " ".join(f"red.relaxed.gpu.global.add.v4.f32 [${fours} + {apart(j)}], "
                     f"{{{', '.join(f'${first + 4 * j + i}' for i in range(4))}}};" for j in range(fours))
     return f"{{ {adds} {' '.join(f'mov.b32 ${i}, 0;' for i in range(fours))} }}"
 

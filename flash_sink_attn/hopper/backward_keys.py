@@ -12,19 +12,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from flash_sink_attn.hopper.backward_common import (
-    probabilities,
-    scratch_add,
-    scratch_add_64,
-    scratch_offsets,
-    scratch_put,
-    sum_sinks,
+from flash_sink_attn.hopper.backward_common import probabilities, scratch_offsets, scratch_put, sum_sinks
+from flash_sink_attn.hopper.backward_products import (
+    add_dq,
+    dq_product,
+    ended,
+    in_scratch,
+    parts,
+    start_scores,
+    start_sum,
 )
-from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, keep_order, key_tile, next_tile
+from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, key_tile, next_tile, pass_turns, take_turns
 from flash_sink_attn.hopper.common import (
     advance,
     await_launch_before,
@@ -37,14 +38,21 @@ from flash_sink_attn.hopper.common import (
     place_of,
     store_block,
 )
+from flash_sink_attn.hopper.staging import staging_declare, staging_drain, staging_places
 
 
 @gluon.jit
 def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, cu_q, cu_k, smem, bars, work,
-               WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr,
-               STAGES: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr,
-               ORDERED: gl.constexpr):
+               shape: gl.constexpr):
     """The loader of a program that holds keys: K and V once, then a ring of q, do and their rows' statistics."""
+    WARPGROUPS: gl.constexpr = shape[0]
+    GROUP: gl.constexpr = shape[1]
+    SPLIT: gl.constexpr = shape[2]
+    STAGES: gl.constexpr = shape[4]
+    VARLEN: gl.constexpr = shape[6]
+    WINDOW: gl.constexpr = shape[7]
+    TOGETHER: gl.constexpr = shape[8]
+    ORDERED: gl.constexpr = shape[9]
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -96,70 +104,29 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
 
 
 @gluon.jit
-def _start_scores(x, x2, y, y2, zero, D2: gl.constexpr):
-    """Starts x y^T: S^T = K Q^T, or dP^T = V dO^T. With D2 in two parts, columns from 64 on in x2 and y2."""
-    s = warpgroup_mma(x, y.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if D2:
-        s = warpgroup_mma(x2, y2.permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.jit
-def _start_sum(x, y, y2, total, total2, D2: gl.constexpr):
-    """Starts total += x y: dV += P^T dO, or dK += dS^T Q. With D2 in two parts, as in :func:`_start_scores`."""
-    total = warpgroup_mma(x, y, total, is_async=True)
-    if D2:
-        LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=total2.type.layout, k_width=2)
-        total2 = warpgroup_mma(gl.convert_layout(x, LAYOUT, assert_trivial=True), y2, total2, is_async=True)
-    return total, total2
-
-
-@gluon.jit
-def _ended(dv, dv2, dk, dk2, PENDING: gl.constexpr, D2: gl.constexpr):
-    """dV and dK once at most PENDING products behind theirs are left."""
-    if D2:
-        dv, dv2, dk, dk2 = warpgroup_mma_wait(PENDING, deps=[dv, dv2, dk, dk2])
-    else:
-        dv, dk = warpgroup_mma_wait(PENDING, deps=[dv, dk])
-    return dv, dv2, dk, dk2
-
-
-@gluon.jit
-def _parts(block, PANEL: gl.constexpr, D: gl.constexpr, D2: gl.constexpr):
-    """64 rows in shared memory as (all D columns, the same), or with D2 as (the first 64, the D2 behind them)."""
-    if D2:
-        panels = block._reinterpret(block.dtype, [2, 64, 64], PANEL)
-        return panels.index(0), panels.index(1).slice(0, D2, dim=1)
-    else:
-        whole = block.reshape([64, D])
-        return whole, whole
-
-
-@gluon.jit
-def _dq_product(ds_panels, k_panels, buffer, zero, COLUMN: gl.constexpr, WARPGROUPS: gl.constexpr, D: gl.constexpr):
-    """Starts 64 columns of dQ = dS K, or as many as ``zero`` has: the sum over all warpgroups' keys."""
-    dq = zero
-    for c in gl.static_range(WARPGROUPS):
-        k = k_panels.index(c * (D // 64) + COLUMN)
-        if zero.shape[1] < 64:
-            k = k.slice(0, zero.shape[1], dim=1)
-        dq = warpgroup_mma(ds_panels.index(buffer * WARPGROUPS + c).permute((1, 0)), k, dq, use_acc=c > 0,
-                           is_async=True)
-    return dq
-
-
-@gluon.jit
 def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scale, scale_log2,
-                  INDEX: gl.constexpr, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
-                  D: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-                  VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr, DQ_BY: gl.constexpr,
-                  ORDERED: gl.constexpr, ROUNDED: gl.constexpr, KEEP: gl.constexpr, D2: gl.constexpr):
+                  INDEX: gl.constexpr, shape: gl.constexpr):
     """Warpgroup number INDEX: 64 keys, their dK and dV in registers.
 
     DQ_BY 0: no dQ. 1: dS goes to the warpgroup of :func:`_compute_dq`. 2: these warpgroups themselves, 64 columns each,
     one tile late, so that none waits for the other's dS. ROUNDED: dS from P as it was rounded for dV; saves registers.
     KEEP: K stays in registers, which spares shared memory a read of it for each tile. D2: see hopper_bwd_keys_kernel.
     """
+    WARPGROUPS: gl.constexpr = shape[0]
+    GROUP: gl.constexpr = shape[1]
+    SPLIT: gl.constexpr = shape[2]
+    D: gl.constexpr = shape[3]
+    STAGES: gl.constexpr = shape[4]
+    BUFFERS: gl.constexpr = shape[5]
+    VARLEN: gl.constexpr = shape[6]
+    WINDOW: gl.constexpr = shape[7]
+    TOGETHER: gl.constexpr = shape[8]
+    ORDERED: gl.constexpr = shape[9]
+    DQ_BY: gl.constexpr = shape[10]
+    ROUNDED: gl.constexpr = shape[11]
+    KEEP: gl.constexpr = shape[12]
+    D2: gl.constexpr = shape[13]
+    STAGED: gl.constexpr = shape[14]
     PARTS: gl.constexpr = 2 if D2 else 1  # of each product
     # The order within a tile is what was fastest of those that were measured, see docs/hopper.md.
     AHEAD: gl.constexpr = DQ_BY == 1 or not ORDERED  # the next tile's lse is loaded while its S is multiplied
@@ -184,8 +151,8 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
         cu_q, cu_k, work, 64 * WARPGROUPS, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED)
     if ok:
         first_key += INDEX * 64
-        k, k2 = _parts(k_smem.index(INDEX), PANEL, D, D2)
-        v, v2 = _parts(v_smem.index(INDEX), PANEL, D, D2)
+        k, k2 = parts(k_smem.index(INDEX), PANEL, D, D2)
+        v, v2 = parts(v_smem.index(INDEX), PANEL, D, D2)
         key = gl.expand_dims(first_key - offset + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
         row = gl.arange(0, 64, layout=ROW)
         zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
@@ -209,7 +176,8 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
             DQ_COLUMNS: gl.constexpr = NARROW if D2 and INDEX else 64
             DQ_LAYOUT: gl.constexpr = D2_LAYOUT if D2 and INDEX else S_LAYOUT
             dq_zero = gl.zeros([64, DQ_COLUMNS], gl.float32, DQ_LAYOUT)
-            offsets = DQ.to(gl.int64) + INDEX * 16384 + scratch_offsets(DQ_LAYOUT, DQ_COLUMNS)
+            offsets = INDEX * 16384 + scratch_offsets(DQ_LAYOUT, DQ_COLUMNS)
+            places = staging_places(INDEX * 16384, DQ_LAYOUT, DQ_COLUMNS)
             # a dS of zeros stands for the tile before the first
             before = tile0 + g * head_rows + m
             ds_smem.index(INDEX).store(gl.zeros([64, 64], dtype, S_LAYOUT))
@@ -221,25 +189,25 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
             k_operand = hold_half(k.load(K_LAYOUT))
         # S of the first tile; from then on each turn starts the next one's
         mbarrier.wait(q_ready.index(0), 0, pred=total > 0)
-        q_first, q2_first = _parts(q_smem.index(0), PANEL, D, D2)
-        s = _start_scores(k_operand, k2, q_first, q2_first, zero, D2)
+        q_first, q2_first = parts(q_smem.index(0), PANEL, D, D2)
+        s = start_scores(k_operand, k2, q_first, q2_first, zero, D2)
         if AHEAD:
             lse2 = lse_smem.index(0).load(ROW)
         s = warpgroup_mma_wait(0, deps=[s])
         for i in range(total):
-            q, q2 = _parts(q_smem.index(slot), PANEL, D, D2)
-            do, do2 = _parts(do_smem.index(slot), PANEL, D, D2)
+            q, q2 = parts(q_smem.index(slot), PANEL, D, D2)
+            do, do2 = parts(do_smem.index(slot), PANEL, D, D2)
             if not LATE:
                 mbarrier.wait(do_ready.index(slot), phase)
-                dp = _start_scores(v, v2, do, do2, zero, D2)
+                dp = start_scores(v, v2, do, do2, zero, D2)
             if not AHEAD:
                 lse2 = lse_smem.index(slot).load(ROW)
             p = probabilities(s, lse2, key, row, m, first_key - offset, window, scale_log2, WINDOW)
             p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
             if LATE:
                 mbarrier.wait(do_ready.index(slot), phase)
-                dp = _start_scores(v, v2, do, do2, zero, D2)
-            dv, dv2 = _start_sum(p16, do, do2, dv, dv2, D2)
+                dp = start_scores(v, v2, do, do2, zero, D2)
+            dv, dv2 = start_sum(p16, do, do2, dv, dv2, D2)
             if DQ_BY == 1:
                 delta = delta_smem.index(slot).load(ROW)
             dp = warpgroup_mma_wait(PARTS, deps=[dp])
@@ -259,34 +227,30 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
                 fence_async_shared()
                 barrier_arrive(ds_ready + ((i + 1) & 3), True)
             ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
-            dk, dk2 = _start_sum(ds, q, q2, dk, dk2, D2)
+            dk, dk2 = start_sum(ds, q, q2, dk, dk2, D2)
             current = tile0 + g * head_rows + m
             m, g, left = next_tile(m, g, left, course, TOGETHER)
             following, following_phase = advance(slot, phase, STAGES)
             if DQ_BY == 2:
                 barrier_wait(ds_ready + (i & 3), (i >> 2) & 1)
-                dq = _dq_product(ds_panels, k_panels, i & 3, dq_zero, INDEX, WARPGROUPS, D)
+                dq = dq_product(ds_panels, k_panels, i & 3, dq_zero, INDEX, WARPGROUPS, D)
                 mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
-                dv, dv2, dk, dk2 = _ended(dv, dv2, dk, dk2, WARPGROUPS, D2)
+                dv, dv2, dk, dk2 = ended(dv, dv2, dk, dk2, WARPGROUPS, D2)
             else:
                 mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
             if DQ_BY == 2:
                 hold_half(p16)
                 hold_half(ds)
-            q_next, q2_next = _parts(q_smem.index(following), PANEL, D, D2)
-            s = _start_scores(k_operand, k2, q_next, q2_next, zero, D2)
+            q_next, q2_next = parts(q_smem.index(following), PANEL, D, D2)
+            s = start_scores(k_operand, k2, q_next, q2_next, zero, D2)
             if DQ_BY == 2:
                 barrier_arrive(do_empty + slot, True)
                 barrier_arrive(q_empty + slot, True)
                 dq = warpgroup_mma_wait(PARTS, deps=[dq])
-                if ORDERED:
-                    barrier_wait(turn + i % TURNS, i // TURNS & 1)
-                scratch_add_64(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
-                if ORDERED:
-                    barrier_arrive(added + i % TURNS, True)
+                add_dq(in_scratch(DQ, before, offsets, D, STAGED), places, dq, i, bars, ORDERED, STAGED, DQ_BY)
                 before = current
             else:
-                dv, dv2, dk, dk2 = _ended(dv, dv2, dk, dk2, PARTS, D2)
+                dv, dv2, dk, dk2 = ended(dv, dv2, dk, dk2, PARTS, D2)
                 hold_half(p16)
                 hold_half(ds)
                 barrier_arrive(do_empty + slot, True)
@@ -299,14 +263,12 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
             phase = following_phase
         if DQ_BY == 2:
             barrier_wait(ds_ready + (total & 3), (total >> 2) & 1)
-            dq = _dq_product(ds_panels, k_panels, total & 3, dq_zero, INDEX, WARPGROUPS, D)
+            dq = dq_product(ds_panels, k_panels, total & 3, dq_zero, INDEX, WARPGROUPS, D)
             dq = warpgroup_mma_wait(0, deps=[dq])
             if total > 0:
-                if ORDERED:
-                    barrier_wait(turn + total % TURNS, total // TURNS & 1)
-                scratch_add_64(offsets + before.to(gl.int64) * (D // 64 * 16384), dq)
-                if ORDERED:
-                    barrier_arrive(added + total % TURNS, True)
+                add_dq(in_scratch(DQ, before, offsets, D, STAGED), places, dq, total, bars, ORDERED, STAGED, DQ_BY)
+            if STAGED:
+                staging_drain(rows)
         dk *= scale
         dk2 *= scale
         if SPLIT > 1:
@@ -338,11 +300,31 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
             tma.store_wait(0)
 
 
+# Partitions share what they are called with, and a number in it would be one at run time only.
 @gluon.jit
-def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr, GROUP: gl.constexpr,
-                SPLIT: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, VARLEN: gl.constexpr,
-                WINDOW: gl.constexpr, TOGETHER: gl.constexpr, ORDERED: gl.constexpr):
+def _compute_first(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scale, scale_log2, shape: gl.constexpr):
+    _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scale, scale_log2, 0, shape)
+
+
+@gluon.jit
+def _compute_second(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scale, scale_log2, shape: gl.constexpr):
+    _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scale, scale_log2, 1, shape)
+
+
+@gluon.jit
+def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, shape: gl.constexpr):
     """The warpgroup that multiplies the others' dS by K and adds the product to scratch."""
+    WARPGROUPS: gl.constexpr = shape[0]
+    GROUP: gl.constexpr = shape[1]
+    SPLIT: gl.constexpr = shape[2]
+    D: gl.constexpr = shape[3]
+    BUFFERS: gl.constexpr = shape[5]
+    VARLEN: gl.constexpr = shape[6]
+    WINDOW: gl.constexpr = shape[7]
+    TOGETHER: gl.constexpr = shape[8]
+    ORDERED: gl.constexpr = shape[9]
+    DQ_BY: gl.constexpr = shape[10]
+    STAGED: gl.constexpr = shape[14]
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -355,6 +337,7 @@ def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr, GROU
         k_panels = k_smem._reinterpret(dtype, [WARPGROUPS * (D // 64), 64, 64], PANEL)
         ds_panels = ds_smem._reinterpret(dtype, [BUFFERS * WARPGROUPS, 64, 64], PANEL)
         offsets = DQ.to(gl.int64) + scratch_offsets(Q_LAYOUT, 64)
+        places = staging_places(0, Q_LAYOUT, 64)
         zero = gl.zeros([64, 64], gl.float32, Q_LAYOUT)
         head_rows = rows // 64
         tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
@@ -364,17 +347,15 @@ def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, WARPGROUPS: gl.constexpr, GROU
         mbarrier.wait(kv_ready, 0)
         for i in range(total):
             barrier_wait(ds_ready + buffer, phase)
-            dq = _dq_product(ds_panels, k_panels, buffer, zero, 0, WARPGROUPS, D)
+            dq = dq_product(ds_panels, k_panels, buffer, zero, 0, WARPGROUPS, D)
             pointer = offsets + (tile0 + g * head_rows + m).to(gl.int64) * 16384
             m, g, left = next_tile(m, g, left, course, TOGETHER)
             dq = warpgroup_mma_wait(0, deps=[dq])
             barrier_arrive(ds_empty + buffer, True)
-            if ORDERED:
-                barrier_wait(turn + i % TURNS, i // TURNS & 1)
-            scratch_add(pointer, dq)
-            if ORDERED:
-                barrier_arrive(added + i % TURNS, True)
+            add_dq(pointer, places, dq, i, bars, ORDERED, STAGED, DQ_BY)
             buffer, phase = advance(buffer, phase, BUFFERS)
+        if STAGED:
+            staging_drain(rows)
 
 
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "rows", "tiles", "section", "window",
@@ -384,7 +365,7 @@ def hopper_bwd_keys_kernel(
     CuSeqlensK, batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, slots, scale, scale_log2,
     GROUP: gl.constexpr, SPLIT: gl.constexpr, D: gl.constexpr, WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr, BUFFERS: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr,
-    DQ_BY: gl.constexpr, ORDERED: gl.constexpr, ROUNDED: gl.constexpr, REGISTERS: gl.constexpr,
+    DQ_BY: gl.constexpr, ORDERED: gl.constexpr, STAGED: gl.constexpr, ROUNDED: gl.constexpr, REGISTERS: gl.constexpr,
     DQ_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, KEEP: gl.constexpr, D2: gl.constexpr,
 ):
     """One program per 64 * WARPGROUPS keys of a key head, and with SPLIT one for each share of the query heads.
@@ -396,7 +377,8 @@ def hopper_bwd_keys_kernel(
     DQ: how many tiles of keys have added to them. Lse2, Delta: float32 (batch, heads_q, rows), a packed
     batch (heads_q, rows) with sequence i from row (start_i // 64 + i) * 64 on; +inf and 0 beyond a sequence.
     Part, DSinks: where given, the programs sum each head's ``slots`` parts. D2: 0, or at head dim 96 the 32 columns of
-    it behind the first 64: only those of D = 128 are multiplied.
+    it behind the first 64: only those of D = 128 are multiplied. STAGED: dQ goes to scratch by way of shared
+    memory, see staging.
     """
     dtype: gl.constexpr = q_desc.dtype
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -422,7 +404,7 @@ def hopper_bwd_keys_kernel(
     #   warpgroups with keys wait for parity (r + 1) % 2. With DQ_BY 2 nobody waits to overwrite: what is written at
     #   turn i was read at turn i - 3, which the other warpgroup had behind it when it stored its dS of turn i - 2; and
     #   for that its arrival was waited for at turn i - 1.
-    # turn (ORDERED): keep_order's taking warp once, when the tile's turn has come; who adds dQ waits for parity r % 2.
+    # turn (ORDERED): the warp of take_turns once, when the tile's turn has come; who adds dQ waits for parity r % 2.
     #   added: each warp that adds once, when it has issued its additions; the passing warp waits for parity r % 2.
     #   passed: the passing warp once, when the next program has its turn; the taking warp waits, before round r, for
     #   parity (r + 1) % 2. Nobody can be lapped: round r + 1 of a slot begins once round r has been passed on.
@@ -437,6 +419,8 @@ def hopper_bwd_keys_kernel(
     turn = ds_empty + BUFFERS
     added = turn + TURNS
     passed = added + TURNS
+    if STAGED:
+        staging_declare(rows, D)
     mbarrier.init(kv_ready, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_ready.index(i), count=2)
@@ -456,67 +440,47 @@ def hopper_bwd_keys_kernel(
     smem = (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem)
     bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed)
     work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
+    # by place, as the partitions take it apart
+    shape: gl.constexpr = (WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, ORDERED, DQ_BY,
+                           ROUNDED, KEEP, D2, STAGED)
+    order: gl.constexpr = (64 * WARPGROUPS, GROUP, SPLIT, VARLEN, WINDOW, TOGETHER, ORDERED, DQ_BY - 1)
+    keys = (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale, scale_log2, shape)
+    load = (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK, smem, bars, work,
+            shape)
+    sum_up = (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, shape)
+    turns = (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, order)
     if DQ_BY == 1 and ORDERED:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP, D2)),
-            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP, D2)),
-            (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
-              WINDOW, TOGETHER, ORDERED)),
-            (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
-            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
-              VARLEN, WINDOW, TOGETHER, ORDERED, 0, True)),
-            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
-              VARLEN, WINDOW, TOGETHER, ORDERED, 0, False)),
+            (_compute_first, keys),
+            (_compute_second, keys),
+            (_compute_dq, sum_up),
+            (_load_rows, load),
+            (take_turns, turns),
+            (pass_turns, turns),
         ], [4, 4, 1, 1, 1], [REGISTERS, DQ_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
     elif DQ_BY == 1:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP, D2)),
-            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP, D2)),
-            (_compute_dq, (DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, BUFFERS, VARLEN,
-              WINDOW, TOGETHER, ORDERED)),
-            (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
+            (_compute_first, keys),
+            (_compute_second, keys),
+            (_compute_dq, sum_up),
+            (_load_rows, load),
         ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, LOADER_REGISTERS])
     elif WARPGROUPS == 1:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP, D2)),
-            (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
+            (_compute_first, keys),
+            (_load_rows, load),
         ], [1], [LOADER_REGISTERS])
     elif ORDERED:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP, D2)),
-            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP, D2)),
-            (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
-            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
-              VARLEN, WINDOW, TOGETHER, ORDERED, 1, True)),
-            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64 * WARPGROUPS, GROUP, SPLIT,
-              VARLEN, WINDOW, TOGETHER, ORDERED, 1, False)),
+            (_compute_first, keys),
+            (_compute_second, keys),
+            (_load_rows, load),
+            (take_turns, turns),
+            (pass_turns, turns),
         ], [4, 1, 1, 1], [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
     else:
         gl.warp_specialize([
-            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 0, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP, D2)),
-            (_compute_keys, (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale,
-              scale_log2, 1, WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, DQ_BY,
-              ORDERED, ROUNDED, KEEP, D2)),
-            (_load_rows, (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK,
-              smem, bars, work, WARPGROUPS, GROUP, SPLIT, D, STAGES, VARLEN, WINDOW, TOGETHER, ORDERED)),
+            (_compute_first, keys),
+            (_compute_second, keys),
+            (_load_rows, load),
         ], [4, 1], [REGISTERS, LOADER_REGISTERS])

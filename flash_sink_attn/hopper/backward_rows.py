@@ -106,8 +106,8 @@ def _sum_parts(Part, DSinks, h, slots):
 @triton.jit
 def _ordered(x, COLUMNS: tl.constexpr):
     """A scratch tile as (64, COLUMNS)."""
-    x = tl.reshape(x, [COLUMNS // 8, 4, 8, 4, 2, 2])
-    return tl.reshape(tl.permute(x, (1, 4, 2, 0, 3, 5)), [64, COLUMNS])
+    x = tl.reshape(x, [COLUMNS // 64, 4, 8, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(x, (1, 5, 3, 0, 2, 4, 6)), [64, COLUMNS])
 
 
 @triton.jit

@@ -29,7 +29,7 @@ def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT
     sequences and its statistics begin, course of the walk).
 
     Tiles go by sections of ``section`` shares of (batch, key head) pairs, longest first under a causal mask; but
-    shortest first in every other section where dQ is added in order (see :func:`keep_order`). Each of the SPLIT shares
+    shortest first in every other section where dQ is added in order (see :func:`_keep_order`). Each of the SPLIT shares
     has some of the group's query heads. In a packed batch each sequence has sections of its own, of so many shares that
     they are about ``section`` programs.
     """
@@ -151,9 +151,7 @@ def _set_turn(pointer, number):
 
 
 @gluon.jit
-def keep_order(Turn, cu_q, cu_k, turn, added, passed, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
-               SPLIT: gl.constexpr, VARLEN: gl.constexpr, WINDOW: gl.constexpr, TOGETHER: gl.constexpr,
-               ORDERED: gl.constexpr, LATE: gl.constexpr, TAKES: gl.constexpr):
+def _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr, TAKES: gl.constexpr):
     """One of two warps that let this program's dQ be added in an order of keys, so that sums have the same bits each
     time: the one that waits for the turn (TAKES), and the one that passes it on.
 
@@ -171,6 +169,14 @@ def keep_order(Turn, cu_q, cu_k, turn, added, passed, work, BLOCK_N: gl.constexp
     A program waits only for those with a lower program number, which the GPU starts before it: nobody waits in a
     circle. LATE: who adds begins with a tile of zeros that needs no turn.
     """
+    BLOCK_N: gl.constexpr = order[0]
+    GROUP: gl.constexpr = order[1]
+    SPLIT: gl.constexpr = order[2]
+    VARLEN: gl.constexpr = order[3]
+    WINDOW: gl.constexpr = order[4]
+    TOGETHER: gl.constexpr = order[5]
+    ORDERED: gl.constexpr = order[6]
+    LATE: gl.constexpr = order[7]
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
         cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED)
@@ -208,3 +214,15 @@ def keep_order(Turn, cu_q, cu_k, turn, added, passed, work, BLOCK_N: gl.constexp
                 _set_turn(pointer, before + 1)
                 barrier_arrive(passed + slot, True)
             m, g, left = next_tile(m, g, left, course, TOGETHER)
+
+
+@gluon.jit
+def take_turns(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr):
+    """The warp that waits for this program's turns, see :func:`_keep_order`."""
+    _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order, True)
+
+
+@gluon.jit
+def pass_turns(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr):
+    """The warp that passes them on, see :func:`_keep_order`."""
+    _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order, False)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flash_sink_attn.hopper.backward_common import probabilities, scratch_add_64, scratch_offsets
-from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, keep_order, key_tile, next_tile
+from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, key_tile, next_tile, pass_turns, take_turns
 from flash_sink_attn.hopper.common import (
     advance,
     await_launch_before,
@@ -31,6 +31,13 @@ from flash_sink_attn.hopper.common import (
     load_block,
     place_of,
     store_block,
+)
+from flash_sink_attn.hopper.staging import (
+    BESIDE_192,
+    staging_add,
+    staging_declare,
+    staging_drain,
+    staging_places,
 )
 
 
@@ -124,6 +131,14 @@ def _start_dq(smem, i, zero, INDEX: gl.constexpr, D: gl.constexpr, D2: gl.conste
 
 
 @gluon.jit
+def _add_dq(pointer, places, dq, STAGED: gl.constexpr):
+    if STAGED:
+        staging_add(pointer, places, dq)
+    else:
+        scratch_add_64(pointer, dq)
+
+
+@gluon.jit
 def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape: gl.constexpr):
     """The warpgroup that makes S, P and dV, and the first columns of dQ."""
     GROUP: gl.constexpr = shape[0]
@@ -135,6 +150,7 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
     WINDOW: gl.constexpr = shape[6]
     ORDERED: gl.constexpr = shape[7]
     LATE: gl.constexpr = shape[8]
+    STAGED: gl.constexpr = shape[9]
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -157,6 +173,7 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
         dq_zero = gl.zeros([64, PART], gl.float32, Q_LAYOUT)
         dv = gl.zeros([64, DV], gl.float32, V_LAYOUT)
         offsets = DQ.to(gl.int64) + scratch_offsets(Q_LAYOUT, PART)
+        places = staging_places(0, Q_LAYOUT, PART)
         m, g, left, total = first_tile(course)
         slot = 0
         phase = 0
@@ -199,12 +216,12 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
             for c in gl.static_range(1, PARTS):
                 more = _start_dq(smem, i + LATE, dq_zero, c, D, D2)
                 dq = warpgroup_mma_wait(1, deps=[dq])
-                scratch_add_64(to + (c - 1) * (PART * 256), dq)
+                _add_dq(to + (c - 1) * (PART * 256), places, dq, STAGED)
                 dq = more
             mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
             s = _scores(smem, following, zero, D, D2)
             dq = warpgroup_mma_wait(2 if D2 else 1, deps=[dq])
-            scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
+            _add_dq(to + (PARTS - 1) * (PART * 256), places, dq, STAGED)
             if ORDERED:
                 barrier_arrive(added + i % TURNS, True)
             lse2 = lse_smem.index(following).load(ROW)
@@ -219,7 +236,7 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
                 barrier_wait(turn + total % TURNS, total // TURNS & 1)
             for c in gl.static_range(PARTS):
                 dq = warpgroup_mma_wait(0, deps=[_start_dq(smem, total + 1, dq_zero, c, D, D2)])
-                scratch_add_64(to + c * (PART * 256), dq)
+                _add_dq(to + c * (PART * 256), places, dq, STAGED)
             if ORDERED:
                 barrier_arrive(added + total % TURNS, True)
         # The last dS told that the other warpgroup has read all tiles of do; this one's warps ask each other.
@@ -230,6 +247,8 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
         k_b, k_row = place_of(b, start_k, len_k, VARLEN)
         store_block(dv_desc, k_b, k_row + first_key, head, 0, do_smem.index(0))
         tma.store_wait(0)
+        if STAGED:
+            staging_drain(rows)
 
 
 @gluon.jit
@@ -244,6 +263,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
     WINDOW: gl.constexpr = shape[6]
     ORDERED: gl.constexpr = shape[7]
     LATE: gl.constexpr = shape[8]
+    STAGED: gl.constexpr = shape[9]
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -268,6 +288,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
         dk2 = dq_zero
         COLUMN: gl.constexpr = D + D2 - PARTS * PART
         offsets = DQ.to(gl.int64) + COLUMN * 256 + scratch_offsets(Q_LAYOUT, PART)
+        places = staging_places(BESIDE_192, Q_LAYOUT, PART)
         m, g, left, total = first_tile(course)
         slot = 0
         phase = 0
@@ -312,13 +333,13 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
             for c in gl.static_range(1, PARTS):
                 more = _start_dq(smem, i, dq_zero, PARTS + c, D, D2)
                 dq = warpgroup_mma_wait(1, deps=[dq])
-                scratch_add_64(to + (c - 1) * (PART * 256), dq)
+                _add_dq(to + (c - 1) * (PART * 256), places, dq, STAGED)
                 dq = more
             mbarrier.wait(do_ready.index(following), following_phase, pred=i + 1 < total)
             dp = warpgroup_mma(v, do_smem.index(following).reshape([64, DV]).permute((1, 0)), zero, use_acc=False,
                                is_async=True)
             dq = warpgroup_mma_wait(1, deps=[dq])
-            scratch_add_64(to + (PARTS - 1) * (PART * 256), dq)
+            _add_dq(to + (PARTS - 1) * (PART * 256), places, dq, STAGED)
             if ORDERED:
                 barrier_arrive(added + (i + LATE) % TURNS, True)
             # not carried in flight over the back edge, as above
@@ -340,6 +361,8 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
         if D2:
             store_block(dk2_desc, k_b, k_row + first_key, head, D, q2_smem.index(0))
         tma.store_wait(0)
+        if STAGED:
+            staging_drain(rows)
 
 
 @gluon.jit(do_not_specialize=["batch", "seqlen_q", "seqlen_k", "heads_kv", "rows", "tiles", "section", "window"])
@@ -348,15 +371,15 @@ def hopper_bwd_wide_kernel(
     CuSeqlensK,
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, WINDOW: gl.constexpr, ORDERED: gl.constexpr, REGISTERS: gl.constexpr,
+    VARLEN: gl.constexpr, WINDOW: gl.constexpr, ORDERED: gl.constexpr, STAGED: gl.constexpr, REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
 ):
     """One program per 64 keys of a key head, which walks the query tiles that see them, all heads of a tile in turn.
 
     *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64, 1, D) or DV, and those with a 2 of
     the columns from D on in blocks of (1, 64, 1, D2), where D2 is not 0; see descriptors.describe. DQ: float32 scratch
-    of zeros, (64, D + D2) for each tile of each head in the order of scratch_offsets. Turn, Lse2, Delta: as
-    hopper_bwd_keys_kernel's.
+    of zeros, (64, D + D2) for each tile of each head in the order of scratch_offsets. Turn, Lse2, Delta,
+    STAGED: as hopper_bwd_keys_kernel's.
     """
     dtype: gl.constexpr = q_desc.dtype
     PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -386,7 +409,7 @@ def hopper_bwd_wide_kernel(
     #   wait for parity i / 2 % 2. ds_ready: the other way round; those that make P wait for tile i's in tile
     #   i + LATE (with LATE in tile 0 for the phase before the first, and after the last tile for its), and those that
     #   make dS wait for it too, since each reads all of dS.
-    # turn (ORDERED): keep_order's taking warp once, when the tile's turn has come; both warpgroups wait for it before
+    # turn (ORDERED): the warp of take_turns once, when the tile's turn has come; both warpgroups wait for it before
     #   they add. added: each of the eight warps once, when it has added its columns. With LATE number 0 of both rings
     #   is a tile of zeros: what the first warpgroup adds in its tile i is number i, what the second adds number i + 1.
     # Nobody waits to overwrite. P(i) goes where P(i - 2) was, after the wait for all of dS(i - 2), which was made of
@@ -426,18 +449,19 @@ def hopper_bwd_wide_kernel(
     # In one order a late dQ is a turn passed late: 1.28 for 1.02 of the time at head dim 192 with a window of 1024; at
     # 256 1.27 for 1.24, where registers spill without.
     LATE: gl.constexpr = 0 if ORDERED and WINDOW and D2 else 1
-    shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW, ORDERED, LATE)
+    shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW, ORDERED, LATE, STAGED)
     values = (dv_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale_log2, shape)
     keys = (dk_desc, dk2_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale, shape)
     load = ((q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc), Lse2, Delta, CuSeqlensQ, CuSeqlensK, smem, bars, work,
             shape)
+    if STAGED:
+        staging_declare(rows, D + D2)
     if ORDERED:
+        order: gl.constexpr = (64, GROUP, 1, VARLEN, WINDOW, not WINDOW, ORDERED, LATE)
+        turns = (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, order)
         gl.warp_specialize([
             (_compute_values, values), (_compute_keys, keys), (_load, load),
-            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64, GROUP, 1, VARLEN, WINDOW,
-                          not WINDOW, ORDERED, LATE, True)),
-            (keep_order, (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, 64, GROUP, 1, VARLEN, WINDOW,
-                          not WINDOW, ORDERED, LATE, False)),
+            (take_turns, turns), (pass_turns, turns),
         ], [4, 1, 1, 1], [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
     else:
         gl.warp_specialize([(_compute_values, values), (_compute_keys, keys), (_load, load)], [4, 1],

@@ -85,31 +85,40 @@ def reaches(first, like):
 
 
 @gluon.jit
-def hide(s, reach, key, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
-    """Minus infinity for the keys from ``key`` on that the rows of ``reach`` do not see.
+def hide(s, reach, key, window, hides, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    """Minus infinity for the keys from ``key`` on that the rows of ``reach`` do not see; where ``hides``, if given."""
+    if CAUSAL or WINDOW:
+        if hides is None:
+            s = _hidden(s, reach, key, window, CAUSAL, WINDOW)
+        else:
+            if hides:
+                s = _hidden(s, reach, key, window, CAUSAL, WINDOW)
+    return s
+
+
+@gluon.jit
+def _hidden(s, reach, key, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    """As :func:`hide`, always.
 
     With gl.where ptxas computes all predicates first and packs them into bit masks, 200 instructions more for a block.
     """
-    if CAUSAL or WINDOW:
-        parts = quads(s)
-        # an instruction sequence covers 64 columns
-        GROUPS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, parts.type.layout)))
-        group = gl.arange(0, s.shape[1] // 8, layout=GROUPS) // 8 * 64
-        group = gl.expand_dims(gl.expand_dims(gl.expand_dims(group, 0), 2), 3)
-        last = per_row(reach - key, parts) - group
-        before = last - window
-        if CAUSAL and WINDOW:
-            parts = gl.inline_asm_elementwise(HIDE_BOTH, TWO_BOUNDS, [parts, last, before], dtype=gl.float32,
-                                              is_pure=True, pack=32)
-        elif CAUSAL:
-            parts = gl.inline_asm_elementwise(HIDE_FUTURE, ONE_BOUND, [parts, last], dtype=gl.float32, is_pure=True,
-                                              pack=32)
-        else:
-            parts = gl.inline_asm_elementwise(HIDE_PAST, ONE_BOUND, [parts, before], dtype=gl.float32, is_pure=True,
-                                              pack=32)
-        return gl.convert_layout(gl.reshape(parts, s.shape), s.type.layout, assert_trivial=True)
+    parts = quads(s)
+    # an instruction sequence covers 64 columns
+    GROUPS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, parts.type.layout)))
+    group = gl.arange(0, s.shape[1] // 8, layout=GROUPS) // 8 * 64
+    group = gl.expand_dims(gl.expand_dims(gl.expand_dims(group, 0), 2), 3)
+    last = per_row(reach - key, parts) - group
+    before = last - window
+    if CAUSAL and WINDOW:
+        parts = gl.inline_asm_elementwise(HIDE_BOTH, TWO_BOUNDS, [parts, last, before], dtype=gl.float32,
+                                          is_pure=True, pack=32)
+    elif CAUSAL:
+        parts = gl.inline_asm_elementwise(HIDE_FUTURE, ONE_BOUND, [parts, last], dtype=gl.float32, is_pure=True,
+                                          pack=32)
     else:
-        return s
+        parts = gl.inline_asm_elementwise(HIDE_PAST, ONE_BOUND, [parts, before], dtype=gl.float32, is_pure=True,
+                                          pack=32)
+    return gl.convert_layout(gl.reshape(parts, s.shape), s.type.layout, assert_trivial=True)
 
 
 # How far scores may rise above the running maximum before it follows them: 8 powers of two (as PTX writes 8.0). P stays

@@ -177,7 +177,7 @@ def _scores(q, q2, k_smem, k2_smem, slot, BLOCK_N: gl.constexpr, D: gl.constexpr
 
 @gluon.jit
 def _step(acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase, reach, key,
-          window, scale_log2, more, release, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BLOCK_N: gl.constexpr,
+          window, scale_log2, more, release, hides, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BLOCK_N: gl.constexpr,
           D: gl.constexpr, D2: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, SETTLE: gl.constexpr,
           S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr):
     """S of this block and O += P V of the block before run together; the softmax of this one overlaps the latter, but
@@ -187,6 +187,8 @@ def _step(acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, bef
     code depends on their order, and leave the tensor cores idle: the spin on the next K's barrier between them is the
     end of a basic block, which it does not cross, and ``hold_*`` keeps P's computation on this side of it. Where it
     would still move the exponentials behind the spin, SETTLE keeps them.
+
+    hides: whether the block has keys that some row does not see, None where that is known to be so.
     """
     q_ready, k_ready, v_ready = bars
     OVERLAP: gl.constexpr = DV < 256
@@ -200,7 +202,7 @@ def _step(acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, bef
         hold_half(p16)
         barrier_arrive(STAGES + before, release)
     barrier_arrive(slot, release)
-    s = hide(s, reach, key, window, CAUSAL, WINDOW)
+    s = hide(s, reach, key, window, hides, CAUSAL, WINDOW)
     m_new, changed = follow(m, gl.convert_layout(largest(quads(s)), m.type.layout, assert_trivial=True) * scale_log2)
     alpha = gl.exp2(m - m_new)
     m = m_new
@@ -262,7 +264,7 @@ def _compute_tile(tensors, place, rings, turn, round, INDEX: gl.constexpr, shape
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     # Where the window's edge and the diagonal can meet in one block (WINDOW == 2), masked blocks get both comparisons.
-    BOTH: gl.constexpr = WINDOW == 2 or (WINDOW and not SPLIT_LOOPS)
+    BOTH: gl.constexpr = WINDOW == 2
     EDGE_CAUSAL: gl.constexpr = WINDOW == 2
     AHEAD: gl.constexpr = shape[15]
     # elsewhere what it keeps in place takes 1 to 3% more than it gives
@@ -286,14 +288,12 @@ def _compute_tile(tensors, place, rings, turn, round, INDEX: gl.constexpr, shape
     if WINDOW:
         stop = gl.minimum(gl.maximum(rightmost + BLOCK_N - 2 - earliest + window, 0) // BLOCK_N + 1, blocks)
         stop = gl.maximum(stop, skip + 1)
-    diagonal = stop
     edge = stop
-    if SPLIT_LOOPS:
-        diagonal = gl.cdiv(gl.maximum(rightmost + BLOCK_N - 1 - earliest, 0), BLOCK_N)
-        diagonal = gl.minimum(gl.maximum(diagonal, skip + 1), stop)
-        if WINDOW:
-            edge = gl.cdiv(gl.maximum(rightmost - latest + window, 0), BLOCK_N)
-            edge = gl.minimum(gl.maximum(edge, diagonal), stop)
+    diagonal = gl.cdiv(gl.maximum(rightmost + BLOCK_N - 1 - earliest, 0), BLOCK_N)
+    diagonal = gl.minimum(gl.maximum(diagonal, skip + 1), stop)
+    if WINDOW:
+        edge = gl.cdiv(gl.maximum(rightmost - latest + window, 0), BLOCK_N)
+        edge = gl.minimum(gl.maximum(edge, diagonal), stop)
     tile_slot = slot
     tile_phase = phase
     for i in range(HEADS):
@@ -319,7 +319,7 @@ def _compute_tile(tensors, place, rings, turn, round, INDEX: gl.constexpr, shape
             s = _scores(q, q2, k_smem, k2_smem, slot, BLOCK_N, D, D2, S_LAYOUT)
             s = warpgroup_mma_wait(0, deps=[s])
             barrier_arrive(slot, last)
-            s = hide(s, reach, key, window, True, BOTH)
+            s = hide(s, reach, key, window, None, True, BOTH)
             m = largest(quads(s))
             m = gl.maximum(gl.max(m, axis=1) * scale_log2, FAR_BELOW)
             m = gl.expand_dims(m, 1) + gl.zeros_like(largest(quads(s)))
@@ -329,26 +329,33 @@ def _compute_tile(tensors, place, rings, turn, round, INDEX: gl.constexpr, shape
             before_phase = phase
             slot, phase = advance(slot, phase, STAGES)
             mbarrier.wait(k_ready.index(slot), phase, pred=skip + 1 < stop)
-            for n in range(skip + 1, diagonal):
-                key -= BLOCK_N
-                acc, m, l, p16, before, before_phase, slot, phase = _step(
-                    acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase,
-                    reach, key, window, scale_log2, n + 1 < stop, last, True, BOTH, BLOCK_N, D, D2, DV,
-                    STAGES, SETTLE, S_LAYOUT, O_LAYOUT, P_LAYOUT)
             if SPLIT_LOOPS:
+                for n in range(skip + 1, diagonal):
+                    key -= BLOCK_N
+                    acc, m, l, p16, before, before_phase, slot, phase = _step(
+                        acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase,
+                        reach, key, window, scale_log2, n + 1 < stop, last, None, True, BOTH, BLOCK_N, D, D2, DV,
+                        STAGES, SETTLE, S_LAYOUT, O_LAYOUT, P_LAYOUT)
                 for n in range(diagonal, edge):
                     key -= BLOCK_N
                     acc, m, l, p16, before, before_phase, slot, phase = _step(
                         acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase,
-                        reach, key, window, scale_log2, n + 1 < stop, last, False, False, BLOCK_N, D, D2, DV,
+                        reach, key, window, scale_log2, n + 1 < stop, last, None, False, False, BLOCK_N, D, D2, DV,
                         STAGES, SETTLE, S_LAYOUT, O_LAYOUT, P_LAYOUT)
                 if WINDOW:
                     for n in range(edge, stop):
                         key -= BLOCK_N
                         acc, m, l, p16, before, before_phase, slot, phase = _step(
-                            acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before,
-                            before_phase, reach, key, window, scale_log2, n + 1 < stop, last, EDGE_CAUSAL,
-                            True, BLOCK_N, D, D2, DV, STAGES, SETTLE, S_LAYOUT, O_LAYOUT, P_LAYOUT)
+                            acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase,
+                            reach, key, window, scale_log2, n + 1 < stop, last, None, EDGE_CAUSAL, True, BLOCK_N, D,
+                            D2, DV, STAGES, SETTLE, S_LAYOUT, O_LAYOUT, P_LAYOUT)
+            else:
+                for n in range(skip + 1, stop):
+                    key -= BLOCK_N
+                    acc, m, l, p16, before, before_phase, slot, phase = _step(
+                        acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, before, before_phase,
+                        reach, key, window, scale_log2, n + 1 < stop, last, (n < diagonal) | (n >= edge), True,
+                        WINDOW > 0, BLOCK_N, D, D2, DV, STAGES, SETTLE, S_LAYOUT, O_LAYOUT, P_LAYOUT)
             # All of Q's readers are done. Its slot goes back now, unless the output is to pass through it.
             if not SHARE_Q:
                 barrier_arrive(2 * STAGES + at, True)

@@ -24,10 +24,11 @@ from flash_sink_attn.hopper.backward_slide import hopper_bwd_slide_kernel
 from flash_sink_attn.hopper.backward_walk import ABREAST, NO_ORDER, ONE_BEHIND
 from flash_sink_attn.hopper.backward_wide import hopper_bwd_wide_kernel
 from flash_sink_attn.hopper.descriptors import describe
+from flash_sink_attn.hopper.staging import STAGING_BYTES
 from flash_sink_attn.launcher import MiscompiledError, launch, workspace
 from flash_sink_attn.layout import LOG2E, Sequences
 from flash_sink_attn.machine_code import fault_of
-from flash_sink_attn.validity import hopper_bwd_width, split_head_dim
+from flash_sink_attn.validity import hopper_bwd_shared, hopper_bwd_width, limits_of, split_head_dim
 
 logger = logging.getLogger("flash_sink_attn")
 
@@ -230,9 +231,9 @@ def _keys(call: _Call, scratch: torch.Tensor | None, turn: torch.Tensor | None) 
         "GROUP": c.group, "SPLIT": split, "D": c.width, "WARPGROUPS": warpgroups, "STAGES": config.num_stages,
         "BUFFERS": config.buffers(c.width), "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0,
         "TOGETHER": accumulates and not c.window, "DQ_BY": (1 if c.width == 64 else 2) if accumulates else 0,
-        "ORDERED": _walk(c, turn), "ROUNDED": not accumulates or c.width > 64,
-        "REGISTERS": registers, "DQ_REGISTERS": dq_registers, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
-        "D2": split_head_dim(c.q.shape[-1])[1],
+        "ORDERED": _walk(c, turn), "STAGED": accumulates and _staged(c),
+        "ROUNDED": not accumulates or c.width > 64, "REGISTERS": registers, "DQ_REGISTERS": dq_registers,
+        "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS, "D2": split_head_dim(c.q.shape[-1])[1],
     }, config.maxnreg or maxnreg, dependent=True)
     return compiled, sums
 
@@ -291,8 +292,8 @@ def _wide(call: _Call, scratch: torch.Tensor, turn: torch.Tensor | None) -> Any:
         tiles, _section(c, tiles, 64, True), c.window, c.scale, c.scale * LOG2E,
     ], {
         "GROUP": c.group, "D": first, "D2": second, "DV": width_v, "STAGES": c.config.num_stages,
-        "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "ORDERED": _walk(c, turn), "REGISTERS": 240,
-        "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
+        "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "ORDERED": _walk(c, turn), "STAGED": _staged(c),
+        "REGISTERS": 240, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
     }, num_warps=4, maxnreg=168, dependent=True)
 
 
@@ -329,6 +330,17 @@ def _walk(call: _Call, turn: torch.Tensor | None) -> int:
     if turn is None:
         return int(NO_ORDER.value)
     return int((ONE_BEHIND if one_behind(c.q.shape[-1], heads, c.window or None) else ABREAST).value)
+
+
+def _staged(call: _Call) -> bool:
+    """Whether dQ goes to scratch by way of shared memory, see hopper.staging: where it finds room beside the tiles; not
+    in one order, where turns would be passed on late, and at head dim 64 not under a window, where it gains nothing.
+    """
+    c, width = call, call.width
+    if c.config.DETERMINISTIC or width not in STAGING_BYTES or width == 64 and c.window:
+        return False
+    shared = hopper_bwd_shared(c.config, c.q.shape[-1], c.v.shape[-1]) + STAGING_BYTES[width]
+    return shared <= limits_of(90).shared_bytes
 
 
 def _section(call: _Call, tiles: int, block_n: int, accumulates: bool) -> int:
