@@ -49,7 +49,7 @@ _HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1),
 # Large tiles, without a window and with one; at head dim 128 those of 192 rows, at 64 those of 128 keys among them. A
 # second tile of q took 0.5 to 2% from 128 x 128 at 1024 to 8192 tokens (under windows it cost 6 to 9%), 1 to 3% from
 # 256 x 64 under windows. One loop with its masks behind a branch took 0 to 2% from 128 x 128 without a window and 1 to
-# 5% from 192 x 64 with one (it added 0 to 4% to that without, and 2 to 10% to 256 x 64 but for windows up to 512).
+# 8% from 192 x 64 with one (it added up to 3% to that without, and 2 to 11% to 256 x 64 but for windows up to 512).
 _HOPPER_FWD_LARGE: dict[tuple[int, int], tuple[HopperFwdConfig, HopperFwdConfig]] = {
     (128, 128): (HopperFwdConfig(128, 128, Q_STAGES=2, SPLIT_LOOPS=False, PROGRAMS_PER_SM=1),
                  HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1)),

@@ -177,6 +177,8 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
             DQ_LAYOUT: gl.constexpr = D2_LAYOUT if D2 and INDEX else S_LAYOUT
             dq_zero = gl.zeros([64, DQ_COLUMNS], gl.float32, DQ_LAYOUT)
             offsets = INDEX * 16384 + scratch_offsets(DQ_LAYOUT, DQ_COLUMNS)
+            if not STAGED:
+                offsets = DQ.to(gl.int64) + INDEX * 16384 + scratch_offsets(DQ_LAYOUT, DQ_COLUMNS)
             places = staging_places(INDEX * 16384, DQ_LAYOUT, DQ_COLUMNS)
             # a dS of zeros stands for the tile before the first
             before = tile0 + g * head_rows + m

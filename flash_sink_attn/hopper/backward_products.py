@@ -67,12 +67,13 @@ def dq_product(ds_panels, k_panels, buffer, zero, COLUMN: gl.constexpr, WARPGROU
 
 @gluon.jit
 def in_scratch(DQ, tile, offsets, D: gl.constexpr, STAGED: gl.constexpr):
-    """Pointers to a tile's elements. STAGED leaves no registers for what could be kept of them from tile to tile."""
+    """Pointers to a tile's elements. offsets: from DQ, or of the pointers to tile 0's where not STAGED, which leaves no
+    registers for these from tile to tile."""
     start = tile.to(gl.int64) * (D // 64 * 16384)
     if STAGED:
         return opaque_address(DQ) + start + offsets
     else:
-        return DQ.to(gl.int64) + offsets + start
+        return offsets + start
 
 
 @gluon.jit
