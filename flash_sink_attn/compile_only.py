@@ -24,7 +24,7 @@ from flash_sink_attn._mode import COMPILE_ONLY, triton
 from flash_sink_attn.config import AnyConfig, Kernel, TileConfig, reproducible
 from flash_sink_attn.kernels import launch
 from flash_sink_attn.layout import Sequences
-from flash_sink_attn.machine_code import disassemble, fault_of, kept
+from flash_sink_attn.machine_code import disassemble, fault_of, kept, shared_bytes
 
 
 class _AbsentGpu:
@@ -82,7 +82,7 @@ _COUNTED = {"hgmma": r"HGMMA", "tma": r"UTMALDG|UTMASTG|UTMAREDG|UBLKCP", "local
 def _inspect(compiled: Any, cached: bool = False) -> Built:
     """Disassembling takes a quarter second, so what it told is kept beside the kernel."""
     facts = json.loads(kept(compiled, "facts", _code_version(), lambda cubin: json.dumps(_facts(disassemble(cubin)))))
-    shared = int(compiled.metadata.shared)
+    shared = shared_bytes(compiled)
     binary = hashlib.sha256(f"{facts.pop('code')}{shared}".encode()).hexdigest()[:16]
     return Built(**facts, shared_bytes=shared, cached=cached, fault=fault_of(compiled), binary=binary)
 

@@ -149,7 +149,7 @@ class HopperFwdConfig(_Config):
             piece by piece. Head dim 64 only; without a window, or with one that reaches back further than
             num_stages - 1 blocks, as if it were 0.
         SPLIT_LOOPS: walk the diagonal, the interior and the window's edge in loops of their own, so that blocks of the
-            interior carry no mask; otherwise one loop, with the mask behind a branch: a fifth less code.
+            interior carry no mask; otherwise one loop, with the mask behind a branch: a fifth to a third less code.
         SHARE_Q: the output leaves through q's shared memory instead of its own.
         PROGRAMS_PER_SM: 0 for one program per tile, else a persistent grid of that many programs per multiprocessor.
         maxnreg: registers per thread of the program as a whole, which the warpgroups divide anew; None for what fills

@@ -98,8 +98,8 @@ class _Recomputing(NamedTuple):
         part, launches: as above.
         at_once: programs that share a multiprocessor.
         uneven: under a window, of what is computed without it, with one program for a group and 1.2 to 3 rounds of them
-            of which the last is less than 0.9 full: at head dim 128 1.11 in the median of 30 held-out shapes on H200s,
-            with two programs 0.99; at 64 1.01 and 0.97, which is left so.
+            of which the last is begun and less than 0.9 full: at head dim 128 1.11 in the median of 30 held-out shapes
+            on H200s, with two programs 0.99; at 64 1.01 and 0.97, which is left so.
     """
 
     block: float
@@ -433,7 +433,9 @@ def _recomputing(key: ShapeKey, shares: int) -> float:
         rounds = blocks / longest * _units(key) * shares / (PROGRAMS_AT_ONCE * cost.at_once)
         crowd, rounds = float(programs > 1), rounds if rounds > _EVEN_ROUNDS else float(math.ceil(rounds))
         begun = programs / cost.at_once
-        uneven = cost.uneven if shares == 1 and 1.2 < begun < _EVEN_ROUNDS and begun % 1 < 0.9 else 1.0
+        # (of a packed batch only rounded lengths are known)
+        half = 1.2 < begun < _EVEN_ROUNDS and 0 < begun % 1 < 0.9 and not key.varlen
+        uneven = cost.uneven if shares == 1 and half else 1.0
     else:
         crowd, rounds, uneven = min(1.0, max(0.0, programs - 1)), 1.0, 1.0
     wait = longest * heads * cost.alone * (1 + cost.crowded * crowd) * rounds

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -27,6 +28,13 @@ def tool(name: str) -> str:
     if not path.exists():
         raise FileNotFoundError(f"{name}: expected in Triton's package at {path}")
     return str(path)
+
+
+def shared_bytes(compiled: Any) -> int:
+    """Shared memory of one program: what Triton asks for at the launch, and arrays that inline PTX declares, which
+    Triton does not count."""
+    arrays = re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+\w+\[(\d+)\]", compiled.asm.get("ptx", ""))
+    return int(compiled.metadata.shared) + sum(map(int, arrays))
 
 
 @functools.lru_cache(maxsize=2)

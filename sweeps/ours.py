@@ -233,7 +233,8 @@ class Hopper(Ours):
         if case.pass_ == "bwd":
             small = case.head_dim <= 64
             if case.head_dim > 128:
-                return [HopperBwdConfig(64, 64, s).to_dict() for s in (2, 3)]
+                return [HopperBwdConfig(64, 64, s, DETERMINISTIC=ordered).to_dict()
+                        for s, ordered in ((2, False), (3, False), (2, True))]
             tried = [HopperBwdConfig(64, 128, s, FORM=0) for s in ((2, 3, 4) if small else (2, 3))]
             tried += [HopperBwdConfig(64, 128, SPLIT_GROUP=2),
                       *(HopperBwdConfig(64, 128, SPLIT_GROUP=s, DETERMINISTIC=True) for s in (1, 2))]
@@ -257,7 +258,9 @@ class Hopper(Ours):
                       for m, n, stages in ((192, 128, 2), (192, 128, 3), (256, 64, 4), (192, 64, 4), (128, 128, 2),
                                            (192, 64, 3), (128, 64, 2))
                       for share in (False, True)]
-            found += [HopperFwdConfig(192, 64, 6 if small else 3, 2, SHARE_Q=not small, PROGRAMS_PER_SM=1)]
+            found += [HopperFwdConfig(192, 64, 6 if small else 3, 2, SHARE_Q=not small, PROGRAMS_PER_SM=1),
+                      *(HopperFwdConfig(m, n, stages, 2, SPLIT_LOOPS=False, SHARE_Q=share, PROGRAMS_PER_SM=1)
+                        for m, n, stages, share in ((192, 64, 3, True), (128, 128, 2, False)) if not small)]
         found += [HopperFwdConfig(64, 64, PROGRAMS_PER_SM=4, maxnreg=128, LOADER=False) if small else
                   HopperFwdConfig(64, 64, PROGRAMS_PER_SM=3, LOADER=False)]
         return [config.to_dict() for config in found]
@@ -351,12 +354,14 @@ class _Call:
             for kernel in self.kernels:
                 launches[kernel]()
 
+        from flash_sink_attn.machine_code import shared_bytes
+
         resources: list[dict[str, int]] = []
         for kernel in self.kernels:
             launches[kernel]()
             if self.compiled is not None:
                 resources.append({"registers": self.compiled.n_regs, "spills": self.compiled.n_spills,
-                                  "shared_bytes": self.compiled.metadata.shared})
+                                  "shared_bytes": shared_bytes(self.compiled)})
         largest = {name: max(r[name] for r in resources) for name in resources[0]} if resources else {}
         return Prepared(run=run, outputs=self._outputs, poison=self._poison, resources=largest,
                         deterministic=all(reproducible(self.tiles[kernel]) for kernel in self.kernels))

@@ -129,6 +129,13 @@ def test_a_last_round_that_is_half_empty(heads_q: int, heads_kv: int, tokens: in
         assert microseconds(key, Kind(HopperBwdForm.RECOMPUTE, shares)) == pytest.approx(us, rel=0.07)
 
 
+def test_a_full_last_round_is_not_uneven() -> None:
+    """64/8 heads x 128: the tiles of 4224 tokens are two rounds, of 3520 as many of which the last is not full."""
+    full, half = (ShapeKey.fixed("bfloat16", 128, 128, 64, 8, 1024, 1, n, n) for n in (4224, 3520))
+    one = Kind(HopperBwdForm.RECOMPUTE, 1)
+    assert microseconds(full, one) < microseconds(half, one)
+
+
 def steps(key: ShapeKey, shares: int, section: int | None = None) -> float:
     return _section(key, shares, section=section).steps
 

@@ -30,7 +30,7 @@ ONE_AFTER_THE_OTHER = {"256"}
 CODE = """
 import json, re, sys
 from flash_sink_attn.compile_only import set_target
-from flash_sink_attn.machine_code import disassemble, fault_of
+from flash_sink_attn.machine_code import disassemble, fault_of, shared_bytes
 from flash_sink_attn.sass_loops import matrix_loops
 from tests.compiling import build_and_listen
 from tests.hopper_cases import Case, build
@@ -42,7 +42,7 @@ for line in sys.stdin:
     compiled, warnings = build_and_listen(lambda: build(Case(**fields)))
     sass = disassemble(compiled.asm["cubin"])
     print(json.dumps([name, dict(
-        hgmma=len(re.findall(r"\\bHGMMA\\b", sass)), shared=compiled.metadata.shared, fault=fault_of(compiled),
+        hgmma=len(re.findall(r"\\bHGMMA\\b", sass)), shared=shared_bytes(compiled), fault=fault_of(compiled),
         warnings=warnings, settled=re.findall(SETTLED, compiled.asm["ptx"]),
         loops=[dict(order=x.order, masks=x.masks, spills=x.spills, serialised=x.serialised, overlapped=x.overlapped,
                     overlap=x.overlap, exponentials=x.events.count("exp")) for x in matrix_loops(sass)])]))

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from flash_sink_attn.hopper.common import sequence_bounds
 
 # The float32 tiles in scratch lie as the matrix instruction leaves them, so that each thread moves 16 bytes at once:
-# [column / 8][warp][lane / 4][lane % 4][row / 8 % 2][column % 2].
+# [column / 64][warp][column / 8 % 8][lane / 4][lane % 4][row / 8 % 2][column % 2].
 
 
 @gluon.jit

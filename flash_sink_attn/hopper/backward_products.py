@@ -67,8 +67,8 @@ def dq_product(ds_panels, k_panels, buffer, zero, COLUMN: gl.constexpr, WARPGROU
 
 @gluon.jit
 def in_scratch(DQ, tile, offsets, D: gl.constexpr, STAGED: gl.constexpr):
-    """Pointers to a tile's elements. offsets: from DQ, or of the pointers to tile 0's where not STAGED, which leaves no
-    registers for these from tile to tile."""
+    """Pointers to a tile's elements. offsets: from DQ where STAGED, which leaves no registers for pointers from tile to
+    tile, else the pointers to tile 0's."""
     start = tile.to(gl.int64) * (D // 64 * 16384)
     if STAGED:
         return opaque_address(DQ) + start + offsets

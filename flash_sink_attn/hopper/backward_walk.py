@@ -161,10 +161,10 @@ def _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr
 
     A turn takes a microsecond or more to pass. ABREAST each program of a head waits so long for its neighbour at the
     first tile, and then is as far behind it. ONE_BEHIND nobody waits if a turn is passed while a program goes through
-    two tiles of queries: on the way up from its own diagonal a program that starts with all the others comes to each
-    tile two after its neighbour with later keys, and on the way down one that starts as much later as its walk is
-    shorter comes to it as much after its neighbour with earlier keys. But then what the programs of a head read is
-    spread over all its tiles, and has to have room in L2.
+    two tiles of queries (one where it has 64 keys): on the way up from its own diagonal a program that starts with all
+    the others comes to each tile so much after its neighbour with later keys, and on the way down one that starts as
+    much later as its walk is shorter comes to it as much after its neighbour with earlier keys. But then what the
+    programs of a head read is spread over all its tiles, and has to have room in L2.
 
     A program waits only for those with a lower program number, which the GPU starts before it: nobody waits in a
     circle. LATE: who adds begins with a tile of zeros that needs no turn.

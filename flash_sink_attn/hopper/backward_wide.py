@@ -446,8 +446,8 @@ def hopper_bwd_wide_kernel(
     bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed)
     work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
     # by place, as the partitions take it apart
-    # In one order a late dQ is a turn passed late: 1.28 for 1.02 of the time at head dim 192 with a window of 1024; at
-    # 256 1.27 for 1.24, where registers spill without.
+    # In one order a late dQ is a turn passed late: 1.28 for 1.02 of the time neither late nor in order, at head dim 192
+    # with a window of 1024; at 256 1.27 for 1.24, where registers spill without.
     LATE: gl.constexpr = 0 if ORDERED and WINDOW and D2 else 1
     shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW, ORDERED, LATE, STAGED)
     values = (dv_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale_log2, shape)

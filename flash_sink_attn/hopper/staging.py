@@ -11,7 +11,8 @@ from triton.experimental.gluon import language as gl
 from flash_sink_attn.hopper.backward_common import apart
 
 _TILE = 64 * 64 * 4  # bytes of 64 columns
-# At head dim 192 the first warpgroup has 128 columns, of which the last eight find no room: it adds them itself.
+# At head dim 192 the first warpgroup has 128 columns. All 192 would take the 48 KiB that static arrays may have, and
+# the barriers lie in one: so it adds the last eight itself.
 _FOURS = 15
 BESIDE_192: gl.constexpr = gl.constexpr(4 * _FOURS * 512)  # where the other warpgroup's 64 columns go
 STAGING_BYTES = {64: _TILE, 128: 2 * _TILE, 192: BESIDE_192.value + _TILE}  # by dQ's columns
