@@ -345,6 +345,8 @@ class _Call:
                                  self.dsinks, config=config, deterministic=reproducible(config), **self.common)
 
     def prepared(self) -> Prepared:
+        from flash_sink_attn.machine_code import shared_bytes
+
         launches: dict[Kernel, Callable[[], None]] = {
             kernel: getattr(self, kernel) for kernel in (*_BEFORE[self.kernels[0]], *self.kernels)}
         for earlier in _BEFORE[self.kernels[0]]:
@@ -353,8 +355,6 @@ class _Call:
         def run() -> None:
             for kernel in self.kernels:
                 launches[kernel]()
-
-        from flash_sink_attn.machine_code import shared_bytes
 
         resources: list[dict[str, int]] = []
         for kernel in self.kernels:
