@@ -66,6 +66,7 @@ FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
     "192-ordered": (192, dataclasses.replace(ACCUMULATE_WIDE, DETERMINISTIC=True), None),
     "256-ordered": (256, dataclasses.replace(ACCUMULATE_WIDE, DETERMINISTIC=True), None),
     "192-ordered-window": (192, dataclasses.replace(ACCUMULATE_WIDE_3, DETERMINISTIC=True), 128),
+    "192-ordered-window-two": (192, dataclasses.replace(ACCUMULATE_WIDE, DETERMINISTIC=True), 300),
     "256-ordered-window": (256, dataclasses.replace(ACCUMULATE_WIDE, DETERMINISTIC=True), 200),
 }
 HEAD_DIM_V = {192: 128}  # where it is another

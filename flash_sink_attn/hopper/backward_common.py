@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flash_sink_attn.hopper.common import sequence_bounds
+from flash_sink_attn.hopper.common import ONE_BOUND, sequence_bounds
 
 # The float32 tiles in scratch lie as the matrix instruction leaves them, so that each thread moves 16 bytes at once:
 # [column / 64][warp][column / 8 % 8][lane / 4][lane % 4][row / 8 % 2][column % 2].
@@ -19,29 +19,55 @@ def other_bounds(cu_seqlens, sequence, total, start, length):
     return start, length
 
 
-@gluon.jit
-def up_to(p, key, row):
-    """0 for the elements with key > row; one instruction pair each, see common.hide."""
-    return gl.inline_asm_elementwise("{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0f00000000, p; }",
-                                     "=f,f,r,r", [p, key, row], dtype=gl.float32, is_pure=True, pack=1)
+def _keep(test: str) -> str:
+    """32 values of two rows ($0 ..), 0 where the bound of its row does not compare with the column so.
+
+    As common.hide: the columns that a thread holds are constants but for its lane, which the bounds allow for. Operands
+    after the 32 tied ones: the bounds 32 times, of which every fourth pair is the same row's.
+    """
+    kept = " ".join(f"setp.{test}.s32 p, ${64 + (i & 2)}, {8 * (i >> 2) + (i & 1)}; selp.f32 ${i}, ${i}, 0f00000000, p;"
+                    for i in range(32))
+    return "{ .reg .pred p; " + kept + " }"
+
+
+KEEP_UP_TO: gl.constexpr = gl.constexpr(_keep("le"))
+KEEP_ABOVE: gl.constexpr = gl.constexpr(_keep("gt"))
 
 
 @gluon.jit
-def above(p, key, row):
-    """0 for the elements with key <= row."""
-    return gl.inline_asm_elementwise("{ .reg .pred p; setp.gt.s32 p, $2, $3; selp.f32 $0, $1, 0f00000000, p; }",
-                                     "=f,f,r,r", [p, key, row], dtype=gl.float32, is_pure=True, pack=1)
+def up_to(p, key, row, CONSTANTS: gl.constexpr = False):
+    """0 for the elements with key > row. CONSTANTS: of (64, 64), where ``row`` rises with the column by 1."""
+    if CONSTANTS:
+        return gl.inline_asm_elementwise(KEEP_UP_TO, ONE_BOUND, [p, key - row], dtype=gl.float32, is_pure=True, pack=32)
+    else:
+        # one instruction pair each, see common.hide
+        return gl.inline_asm_elementwise("{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0f00000000, p; }",
+                                         "=f,f,r,r", [p, key, row], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def probabilities(s, lse2, key, row, m, first_key, window, scale_log2, WINDOW: gl.constexpr):
-    """P^T of 64 keys from ``first_key`` on (in positions of queries) and query tile ``m``; key, row: (64, 1), (64,)."""
+def above(p, key, row, CONSTANTS: gl.constexpr = False):
+    """0 for the elements with key <= row. CONSTANTS: as of :func:`up_to`."""
+    if CONSTANTS:
+        return gl.inline_asm_elementwise(KEEP_ABOVE, ONE_BOUND, [p, key - row], dtype=gl.float32, is_pure=True, pack=32)
+    else:
+        return gl.inline_asm_elementwise("{ .reg .pred p; setp.gt.s32 p, $2, $3; selp.f32 $0, $1, 0f00000000, p; }",
+                                         "=f,f,r,r", [p, key, row], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def probabilities(s, lse2, key, row, m, first_key, window, scale_log2, WINDOW: gl.constexpr,
+                  CONSTANTS: gl.constexpr = False):
+    """P^T of 64 keys from ``first_key`` on (in positions of queries) and query tile ``m``; key, row: (64, 1), (64,).
+
+    CONSTANTS: masks compare with constants (:func:`keep`), which is fewer instructions and not always faster.
+    """
     p = gl.exp2(s * scale_log2 - gl.expand_dims(lse2, 0))
     if m * 64 < first_key + 63:
-        p = up_to(p, key, gl.expand_dims(m * 64 + row, 0))
+        p = up_to(p, key, gl.expand_dims(m * 64 + row, 0), CONSTANTS)
     if WINDOW:
         if m * 64 + 63 >= first_key + window:
-            p = above(p, key, gl.expand_dims(m * 64 - window + row, 0))
+            p = above(p, key, gl.expand_dims(m * 64 - window + row, 0), CONSTANTS)
     return p
 
 

@@ -24,6 +24,7 @@ from flash_sink_attn.hopper.backward_products import (
     parts,
     start_scores,
     start_sum,
+    tell_added,
 )
 from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, key_tile, next_tile, pass_turns, take_turns
 from flash_sink_attn.hopper.common import (
@@ -131,7 +132,8 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
     # The order within a tile is what was fastest of those that were measured, see docs/hopper.md.
     AHEAD: gl.constexpr = DQ_BY == 1 or not ORDERED  # the next tile's lse is loaded while its S is multiplied
     # dP begins after the exponentials, and not beside them
-    LATE: gl.constexpr = not ORDERED and (DQ_BY == 0 or DQ_BY == 2 and not WINDOW)
+    LATE: gl.constexpr = DQ_BY == 0 or DQ_BY == 2 and (not D2 if WINDOW else not ORDERED)
+    CONSTANTS: gl.constexpr = WINDOW and (DQ_BY == 1 and not ORDERED or DQ_BY == 2 and not D2)  # of the masks
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, ds_ready, ds_empty, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -204,8 +206,11 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
                 dp = start_scores(v, v2, do, do2, zero, D2)
             if not AHEAD:
                 lse2 = lse_smem.index(slot).load(ROW)
-            p = probabilities(s, lse2, key, row, m, first_key - offset, window, scale_log2, WINDOW)
+            p = probabilities(s, lse2, key, row, m, first_key - offset, window, scale_log2, WINDOW,
+                              CONSTANTS)
             p16 = hold_half(gl.convert_layout(p.to(dtype), A_LAYOUT))
+            if DQ_BY == 2:
+                tell_added(i - 1, added, ORDERED, STAGED)
             if LATE:
                 mbarrier.wait(do_ready.index(slot), phase)
                 dp = start_scores(v, v2, do, do2, zero, D2)
@@ -266,9 +271,11 @@ def _compute_keys(dk_desc, dv_desc, Sums, DQ, cu_q, cu_k, smem, bars, work, scal
         if DQ_BY == 2:
             barrier_wait(ds_ready + (total & 3), (total >> 2) & 1)
             dq = dq_product(ds_panels, k_panels, total & 3, dq_zero, INDEX, WARPGROUPS, D)
+            tell_added(total - 1, added, ORDERED, STAGED)
             dq = warpgroup_mma_wait(0, deps=[dq])
             if total > 0:
                 add_dq(in_scratch(DQ, before, offsets, D, STAGED), places, dq, total, bars, ORDERED, STAGED, DQ_BY)
+                tell_added(total, added, ORDERED, STAGED)
             if STAGED:
                 staging_drain(rows)
         dk *= scale
@@ -350,12 +357,14 @@ def _compute_dq(DQ, cu_q, cu_k, smem, bars, work, shape: gl.constexpr):
         for i in range(total):
             barrier_wait(ds_ready + buffer, phase)
             dq = dq_product(ds_panels, k_panels, buffer, zero, 0, WARPGROUPS, D)
+            tell_added(i - 1, added, ORDERED, STAGED)
             pointer = offsets + (tile0 + g * head_rows + m).to(gl.int64) * 16384
             m, g, left = next_tile(m, g, left, course, TOGETHER)
             dq = warpgroup_mma_wait(0, deps=[dq])
             barrier_arrive(ds_empty + buffer, True)
             add_dq(pointer, places, dq, i, bars, ORDERED, STAGED, DQ_BY)
             buffer, phase = advance(buffer, phase, BUFFERS)
+        tell_added(total - 1, added, ORDERED, STAGED)
         if STAGED:
             staging_drain(rows)
 
@@ -407,7 +416,8 @@ def hopper_bwd_keys_kernel(
     #   turn i was read at turn i - 3, which the other warpgroup had behind it when it stored its dS of turn i - 2; and
     #   for that its arrival was waited for at turn i - 1.
     # turn (ORDERED): the warp of take_turns once, when the tile's turn has come; who adds dQ waits for parity r % 2.
-    #   added: each warp that adds once, when it has issued its additions; the passing warp waits for parity r % 2.
+    #   added: each warp that adds once, when it has issued its additions or, if STAGED, the copy engine has added
+    #   them; the passing warp waits for parity r % 2.
     #   passed: the passing warp once, when the next program has its turn; the taking warp waits, before round r, for
     #   parity (r + 1) % 2. Nobody can be lapped: round r + 1 of a slot begins once round r has been passed on.
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

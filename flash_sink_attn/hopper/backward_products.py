@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from flash_sink_attn.hopper.backward_common import opaque_address, scratch_add, scratch_add_64
 from flash_sink_attn.hopper.backward_walk import TURNS
 from flash_sink_attn.hopper.common import barrier_arrive, barrier_wait
-from flash_sink_attn.hopper.staging import staging_add
+from flash_sink_attn.hopper.staging import staging_add, staging_drain
 
 
 @gluon.jit
@@ -89,5 +89,14 @@ def add_dq(pointer, places, dq, i, bars, ORDERED: gl.constexpr, STAGED: gl.const
         scratch_add(pointer, dq)
     else:
         scratch_add_64(pointer, dq)
-    if ORDERED:
+    if ORDERED and not STAGED:
         barrier_arrive(added + i % TURNS, True)
+
+
+@gluon.jit
+def tell_added(i, added, ORDERED: gl.constexpr, STAGED: gl.constexpr):
+    """ORDERED and STAGED: that what a warp adds to dQ number ``i`` is there, once the copy engine has added it; of -1
+    nothing. A tile late, when that has long been so, and just before the next one's turn is waited for."""
+    if ORDERED and STAGED:
+        staging_drain(i)
+        barrier_arrive(added + (i + TURNS) % TURNS, i >= 0)

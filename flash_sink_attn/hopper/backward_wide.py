@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flash_sink_attn.hopper.backward_common import probabilities, scratch_add_64, scratch_offsets
+from flash_sink_attn.hopper.backward_products import tell_added
 from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, key_tile, next_tile, pass_turns, take_turns
 from flash_sink_attn.hopper.common import (
     advance,
@@ -196,6 +197,7 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
             p_smem.index(i & 1).store(p)
             barrier_arrive(p_ready + i % 2, True)
             barrier_arrive(q_empty + slot, True)
+            tell_added(i - 1, added, ORDERED, STAGED)
             p = hold_half(gl.convert_layout(p, A_LAYOUT))
             do = do_smem.index(slot).reshape([64, DV])
             mbarrier.wait(do_ready.index(slot), phase)
@@ -222,13 +224,14 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
             s = _scores(smem, following, zero, D, D2)
             dq = warpgroup_mma_wait(2 if D2 else 1, deps=[dq])
             _add_dq(to + (PARTS - 1) * (PART * 256), places, dq, STAGED)
-            if ORDERED:
+            if ORDERED and not STAGED:
                 barrier_arrive(added + i % TURNS, True)
             lse2 = lse_smem.index(following).load(ROW)
             # not carried in flight over the back edge: ptxas would serialise all products (C7514)
             s = warpgroup_mma_wait(0, deps=[s])
             slot = following
             phase = following_phase
+        tell_added(total - 1, added, ORDERED, STAGED)
         if LATE and total > 0:
             barrier_wait(ds_ready + (total + 1) % 2, (total + 1) // 2 & 1 ^ 1)
             to = offsets + before.to(gl.int64) * ((D + D2) * 256)
@@ -237,8 +240,9 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
             for c in gl.static_range(PARTS):
                 dq = warpgroup_mma_wait(0, deps=[_start_dq(smem, total + 1, dq_zero, c, D, D2)])
                 _add_dq(to + c * (PART * 256), places, dq, STAGED)
-            if ORDERED:
+            if ORDERED and not STAGED:
                 barrier_arrive(added + total % TURNS, True)
+            tell_added(total, added, ORDERED, STAGED)
         # The last dS told that the other warpgroup has read all tiles of do; this one's warps ask each other.
         gl.thread_barrier()
         do_smem.index(0).reshape([64, DV]).store(dv.to(dtype))
@@ -299,7 +303,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
         mbarrier.wait(do_ready.index(0), 0, pred=total > 0)
         dp = warpgroup_mma(v, do_smem.index(0).reshape([64, DV]).permute((1, 0)), zero, use_acc=False, is_async=True)
         dp = warpgroup_mma_wait(0, deps=[dp])
-        if ORDERED and LATE:
+        if ORDERED and LATE and not STAGED:
             # the other warpgroup begins with a tile of zeros, to which this one has nothing to add
             barrier_arrive(added, total > 0)
         for i in range(total):
@@ -310,6 +314,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
             fence_async_shared()
             barrier_arrive(ds_ready + i % 2, True)
             barrier_arrive(do_empty + slot, True)
+            tell_added(i - 1 + LATE, added, ORDERED, STAGED)
             ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
             mbarrier.wait(q_ready.index(slot), phase)
             dk = warpgroup_mma(ds, q_smem.index(slot).reshape([64, D]), dk, is_async=True)
@@ -340,12 +345,13 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
                                is_async=True)
             dq = warpgroup_mma_wait(1, deps=[dq])
             _add_dq(to + (PARTS - 1) * (PART * 256), places, dq, STAGED)
-            if ORDERED:
+            if ORDERED and not STAGED:
                 barrier_arrive(added + (i + LATE) % TURNS, True)
             # not carried in flight over the back edge, as above
             dp = warpgroup_mma_wait(0, deps=[dp])
             slot = following
             phase = following_phase
+        tell_added(total - 1 + LATE, added, ORDERED, STAGED)
         dk *= scale
         if D2:
             dk2 *= scale

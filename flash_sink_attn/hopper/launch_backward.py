@@ -333,11 +333,10 @@ def _walk(call: _Call, turn: torch.Tensor | None) -> int:
 
 
 def _staged(call: _Call) -> bool:
-    """Whether dQ goes to scratch by way of shared memory, see hopper.staging: where it finds room beside the tiles; not
-    in one order, where turns would be passed on late, and at head dim 64 not under a window, where it gains nothing.
-    """
+    """Whether dQ goes to scratch by way of shared memory, see hopper.staging: where it finds room beside the tiles, and
+    at head dim 64 not under a window, where it gains nothing."""
     c, width = call, call.width
-    if c.config.DETERMINISTIC or width not in STAGING_BYTES or width == 64 and c.window:
+    if width not in STAGING_BYTES or width == 64 and c.window:
         return False
     shared = hopper_bwd_shared(c.config, c.q.shape[-1], c.v.shape[-1]) + STAGING_BYTES[width]
     return shared <= limits_of(90).shared_bytes
