@@ -212,7 +212,8 @@ class HopperBwdConfig(_Config):
         BLOCK_M: query rows of a tile, 64; with FORM 1 of the kernel that makes dq, and there 128 for 64 tokens of two
             heads at once.
         BLOCK_N: keys of a tile, 64 per warpgroup: 128 with FORM 0, 64 or 128 with FORM 1, 192 with FORM 2. At head dims
-            above 128, which have FORM 0 only, 64 for two warpgroups.
+            above 128, which have FORM 0 only, 64 for two warpgroups; at head dim 192 also 128 for two programs that are
+            launched as a cluster and add one dq.
         num_stages: tiles of q and do that shared memory holds, at least 2 with FORM 0 and 1.
         maxnreg: registers per thread of the kernel that makes dk and dv, a choice with FORM 1 and 64 keys only; None
             for the form's own number.

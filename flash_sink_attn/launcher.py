@@ -40,7 +40,7 @@ def is_descriptor(x: Any) -> bool:
 def launch(
     kernel: Any, programs: int, device: torch.device, runtime: Sequence[Any], constants: Mapping[str, Any], *,
     num_warps: int, num_stages: int | None = None, maxnreg: int | None = None,
-    check: Callable[[Any], str | None] | None = None, dependent: bool = False,
+    check: Callable[[Any], str | None] | None = None, dependent: bool = False, cluster: int = 1,
 ) -> Any:
     """Launch on ``device`` (returns the compiled kernel, None when interpreted), or only compile on meta.
 
@@ -57,6 +57,8 @@ def launch(
         check: says of a kernel just compiled why it must not run, or None.
         dependent: whether its programs may start before those of the launch before it have ended, for whose results
             they wait themselves: see flash_sink_attn.hopper.common.
+        cluster: so many neighbouring programs are launched together; ``programs`` is then the number of clusters. The
+            kernel is compiled as any other, so that a program's number is its own.
 
     Raises:
         MiscompiledError: ``check`` said so, now or in an earlier launch.
@@ -80,7 +82,7 @@ def launch(
             kinds.append(None)
         elif is_descriptor(x):
             kinds += (x.base.dtype, *x.block_shape, getattr(x, "layout", None))
-    key = (kernel, device.index, *compile_options, *kinds, *constants.values())
+    key = (kernel, device.index, *compile_options, cluster, *kinds, *constants.values())
     # Triton launches on the current device
     away = device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if away else contextlib.nullcontext():
@@ -92,7 +94,7 @@ def launch(
             _note(compiled, programs, runtime, constants)
             return compiled
         return _launch_new(kernel, programs, runtime, constants, _options(*compile_options), check,
-                           key if plain else None)
+                           key if plain else None, cluster=cluster)
 
 
 @functools.cache
@@ -109,6 +111,7 @@ def _options(num_warps: int, num_stages: int | None, maxnreg: int | None, depend
 def _launch_new(
     kernel: Any, programs: int, runtime: Sequence[Any], constants: Mapping[str, Any], options: dict[str, int],
     check: Callable[[Any], str | None] | None, key: tuple[Any, ...] | None, warm_up_only: bool = False,
+    cluster: int = 1,
 ) -> Any:
     arguments = {**dict(zip(kernel.arg_names, runtime, strict=False)), **constants}
     if warm_up_only:
@@ -121,7 +124,14 @@ def _launch_new(
             if key is not None:
                 _compiled[key] = None
             raise MiscompiledError(fault)
-    compiled = kernel[(programs,)](**arguments, **options)
+    if cluster == 1:
+        compiled = kernel[(programs,)](**arguments, **options)
+    else:
+        compiled = kernel.warmup(**arguments, **options, grid=(programs,))
+        # what Triton's launcher takes the size of a cluster from, and multiplies the grid by
+        num_warps, _, shared = compiled.packed_metadata
+        compiled.packed_metadata = (num_warps, cluster, shared)
+        compiled[programs, 1, 1](*runtime, *constants.values())
     if key is not None:
         _compiled[key] = compiled
     _note(compiled, programs, runtime, constants)

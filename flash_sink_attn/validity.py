@@ -260,8 +260,10 @@ def _hopper_bwd_wide_reason(c: HopperBwdConfig, form: HopperBwdForm, shape: _Sha
         return reason
     if form != HopperBwdForm.ACCUMULATE:
         return f"head dims above 128 have FORM 0 only, got FORM {c.FORM}"
-    if (c.BLOCK_M, c.BLOCK_N) != (64, 64):
-        return f"BLOCK_M and BLOCK_N must be 64 at head dims above 128, got {c.BLOCK_M} and {c.BLOCK_N}"
+    if c.BLOCK_M != 64:
+        return f"BLOCK_M must be 64 at head dims above 128, got {c.BLOCK_M}"
+    if c.BLOCK_N != 64 and (c.BLOCK_N, shape.head_dim) != (128, 192):
+        return f"BLOCK_N must be 64 at head dims above 128, or at 192 128 for two programs, got {c.BLOCK_N}"
     if c.num_stages < 2:
         return f"num_stages must be at least 2 with FORM 0 (a tile begins before the last is done), got {c.num_stages}"
     for name, value, only in (("BUFFERS", c.BUFFERS, 0), ("maxnreg", c.maxnreg, None),
@@ -298,6 +300,8 @@ def hopper_bwd_shared(c: HopperBwdConfig, head_dim: int, head_dim_v: int) -> int
     if head_dim > 128:
         # K and V, the ring of q, do and their rows' statistics, two tiles of P and two of dS
         shared = 2 * 64 * (head_dim + head_dim_v) * (1 + c.num_stages) + statistics + 4 * ds
+        if keys == 2:  # the other program's K, and four tiles of dS more
+            shared += 2 * 64 * head_dim + 4 * ds
     elif form == HopperBwdForm.SLIDE:
         shared = tile * (2 * 4 + 3 * c.num_stages) + ds * keys * c.buffers(width) + statistics
     else:

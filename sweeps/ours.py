@@ -233,8 +233,9 @@ class Hopper(Ours):
         if case.pass_ == "bwd":
             small = case.head_dim <= 64
             if case.head_dim > 128:
-                return [HopperBwdConfig(64, 64, s, DETERMINISTIC=ordered).to_dict()
-                        for s, ordered in ((2, False), (3, False), (2, True))]
+                return [HopperBwdConfig(64, n, s, DETERMINISTIC=ordered).to_dict()
+                        for n in ((64, 128) if case.head_dim == 192 else (64,))
+                        for s, ordered in ((2, False), (3, False), (2, True)) if s == 2 or n == 64]
             tried = [HopperBwdConfig(64, 128, s, FORM=0) for s in ((2, 3, 4) if small else (2, 3))]
             tried += [HopperBwdConfig(64, 128, SPLIT_GROUP=2),
                       *(HopperBwdConfig(64, 128, SPLIT_GROUP=s, DETERMINISTIC=True) for s in (1, 2))]

@@ -27,6 +27,7 @@ ACCUMULATE_64, ACCUMULATE_128 = HopperBwdConfig(64, 128, 3), HopperBwdConfig(64,
 ORDERED_64, ORDERED_128 = (dataclasses.replace(c, DETERMINISTIC=True) for c in (ACCUMULATE_64, ACCUMULATE_128))
 RECOMPUTE, RECOMPUTE_TWO = HopperBwdConfig(64, 64, FORM=1), HopperBwdConfig(128, 128, FORM=1)
 ACCUMULATE_WIDE, ACCUMULATE_WIDE_3 = HopperBwdConfig(64, 64), HopperBwdConfig(64, 64, 3)
+PAIR = HopperBwdConfig(64, 128)  # at head dim 192
 SLIDE, SLIDE_SHORT = HopperBwdConfig(64, 192, 4, FORM=2), HopperBwdConfig(64, 192, 2, FORM=2, BUFFERS=3)
 # (head dim, configuration), and a window where it is made for one
 FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
@@ -62,11 +63,14 @@ FAMILIES: dict[str, tuple[int, HopperBwdConfig, int | None]] = {
     "256": (256, ACCUMULATE_WIDE, None),
     "192-window": (192, ACCUMULATE_WIDE_3, 128),
     "192-window-two": (192, ACCUMULATE_WIDE, 300),
+    "192-pair": (192, PAIR, None),
+    "192-pair-window": (192, PAIR, 300),
+    "192-pair-ordered": (192, dataclasses.replace(PAIR, DETERMINISTIC=True), None),
+    "192-pair-ordered-window": (192, dataclasses.replace(PAIR, DETERMINISTIC=True), 300),
     "256-window": (256, ACCUMULATE_WIDE, 200),
     "192-ordered": (192, dataclasses.replace(ACCUMULATE_WIDE, DETERMINISTIC=True), None),
     "256-ordered": (256, dataclasses.replace(ACCUMULATE_WIDE, DETERMINISTIC=True), None),
     "192-ordered-window": (192, dataclasses.replace(ACCUMULATE_WIDE_3, DETERMINISTIC=True), 128),
-    "192-ordered-window-two": (192, dataclasses.replace(ACCUMULATE_WIDE, DETERMINISTIC=True), 300),
     "256-ordered-window": (256, dataclasses.replace(ACCUMULATE_WIDE, DETERMINISTIC=True), 200),
 }
 HEAD_DIM_V = {192: 128}  # where it is another
@@ -255,6 +259,8 @@ KINDS: tuple[tuple[Setting, HopperBwdConfig], ...] = (
     (WINDOW_128, RECOMPUTE_TWO_SPLIT),
     (WINDOW_64, RECOMPUTE_TWO), (WINDOW_128, ORDERED_128), (CAUSAL_96, HopperBwdConfig(64, 128, FORM=1)),
     (WINDOW_64, ACCUMULATE_64), (HEADS_64, HopperBwdConfig(64, 64, 3, maxnreg=128, FORM=1)),
+    (Setting(192, "bfloat16", 3, "same", None, "half"), PAIR),
+    (Setting(192, "float16", 1, "own", LONG, "normal", True), PAIR),
 )
 
 

@@ -63,7 +63,7 @@ def test_groups(worker: Worker, family: str, group: int, heads_kv: int) -> None:
 @needs_hopper
 @pytest.mark.parametrize("window", [1, 37, 128, 129, 130, 256, 1000])
 @pytest.mark.parametrize("family", ["64", "128", "64-recompute", "128-recompute", "128-recompute-two", "64-slide",
-                                    "64-slide-short", "192", "256"])
+                                    "64-slide-short", "192", "192-pair", "256"])
 def test_windows(worker: Worker, family: str, window: int) -> None:
     """Up to the longest that slides and beyond it, where the call falls back to recomputing."""
     judge(worker, case(FAMILIES[family], window=window, seqlen_q=1100, group=3))
@@ -79,7 +79,7 @@ def test_varlen(worker: Worker, family: str, seqlens_k: tuple[int, ...]) -> None
 
 
 @needs_hopper
-@pytest.mark.parametrize("family", ["64", "128-recompute", "64-slide", "192"])
+@pytest.mark.parametrize("family", ["64", "128-recompute", "64-slide", "192", "192-pair"])
 def test_many_sequences(worker: Worker, family: str) -> None:
     """More than one chunk of the search for a tile's sequence."""
     judge(worker, case(FAMILIES[family], seqlens=(1, 0, 2) + (1,) * 125 + (20, 0, 0, 3) * 40 + (200, 65), heads_kv=1))
@@ -87,21 +87,21 @@ def test_many_sequences(worker: Worker, family: str) -> None:
 
 @needs_hopper
 @pytest.mark.parametrize("sinks", SINKS)
-@pytest.mark.parametrize("family", ["64", "128", "128-recompute", "64-slide", "192", "256"])
+@pytest.mark.parametrize("family", ["64", "128", "128-recompute", "64-slide", "192", "192-pair", "256"])
 def test_sinks(worker: Worker, family: str, sinks: str) -> None:
     judge(worker, case(FAMILIES[family], seqlen_q=260, sinks=sinks, dtype="float16", dlse=True))
 
 
 @needs_hopper
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "s", "kv", "qs", "qkv"])
-@pytest.mark.parametrize("family", ["64", "128", "128-recompute", "64-slide", "192", "256"])
+@pytest.mark.parametrize("family", ["64", "128", "128-recompute", "64-slide", "192", "192-pair", "256"])
 def test_only_some_gradients(worker: Worker, family: str, wanted: str) -> None:
     judge(worker, case(FAMILIES[family], seqlen_q=200, wanted=wanted))
 
 
 @needs_hopper
 @pytest.mark.parametrize("layout", ["packed", "heads_first"])
-@pytest.mark.parametrize("family", ["64", "128", "128-recompute", "64-slide", "192", "256"])
+@pytest.mark.parametrize("family", ["64", "128", "128-recompute", "64-slide", "192", "192-pair", "256"])
 def test_strides_are_read_in_place(worker: Worker, family: str, layout: str) -> None:
     judge(worker, case(FAMILIES[family], seqlen_q=203, layout=layout, batch=2, poison=True))
 

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"the Hopper kernels
 LIKE_ANOTHER = {"64-ordered-split", "64-split-four-window", "128-split-four", "128-recompute-split-four"}
 # By name: every family, and of some what takes more registers or another way through the code.
 CASES = {name: case(of, seqlen_q=4096, group=8) for name, of in FAMILIES.items() if name not in LIKE_ANOTHER}
-for _name in ("64", "96", "128", "64-recompute", "128-recompute", "64-slide", "192", "256"):
+for _name in ("64", "96", "128", "64-recompute", "128-recompute", "64-slide", "192", "192-pair", "256"):
     CASES[f"{_name}-varlen"] = case(FAMILIES[_name], seqlens=(4096, 100), group=8)
-for _name in ("128", "128-recompute", "192"):
+for _name in ("128", "128-recompute", "192", "192-pair-window"):
     CASES[f"{_name}-own-keys"] = case(FAMILIES[_name], seqlens=(4096, 100), seqlens_k=(4000, 300), group=7, dlse=True)
 # (where dq is added in one order the other families walk abreast)
 for _name in ("96-ordered", "128-ordered", "64-ordered-split-four"):
@@ -73,7 +73,7 @@ for line in sys.stdin:
     build(Case(**fields))
     print(json.dumps([name, kernels]))
 """
-WIDE = {"hopper_bwd_wide_kernel"}
+WIDE = {64: {"hopper_bwd_wide_kernel"}, 128: {"hopper_bwd_pair_kernel"}}  # by BLOCK_N
 MATRIX = {0: {"hopper_bwd_keys_kernel"}, 1: {"hopper_bwd_keys_kernel", "hopper_bwd_queries_kernel"},
           2: {"hopper_bwd_slide_kernel"}}
 BESIDE = {0: {"hopper_bwd_rows_kernel", "hopper_bwd_finish_kernel"}, 1: set(), 2: {"hopper_bwd_join_kernel"}}
@@ -87,7 +87,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 def matrix(name: str) -> set[str]:
     """The kernels of a case that multiply."""
-    return WIDE if CASES[name].head_dim > 128 else MATRIX[CASES[name].config["FORM"]]
+    config = CASES[name].config
+    return WIDE[config["BLOCK_N"]] if CASES[name].head_dim > 128 else MATRIX[config["FORM"]]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -123,18 +123,18 @@ def test_without_a_measurement_the_heuristic_decides(monkeypatch: pytest.MonkeyP
     assert chosen().impl == "triton"
 
 
-@pytest.mark.parametrize("dims", [(192, 128), (256, 256)])
+@pytest.mark.parametrize(("dims", "block_n"), [((192, 128), 128), ((256, 256), 64)])
 def test_wide_head_dims_have_the_same_bits_in_one_order(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dims: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dims: tuple[int, int], block_n: int
 ) -> None:
     tuned(monkeypatch, tmp_path)
     monkeypatch.setattr(heuristic, "PREFER_HOPPER", frozenset({("bwd", *dims, True)}))
     key = KEY._replace(head_dim=dims[0], head_dim_v=dims[1])
     found = chosen("bwd", key=key)
-    assert (found.impl, found.decisions[0].config) == ("hopper", HopperBwdConfig(64, 64))
+    assert (found.impl, found.decisions[0].config) == ("hopper", HopperBwdConfig(64, block_n))
     for asked in (Options(deterministic=True), Options(deterministic=True, impl="hopper")):
         found = chosen("bwd", asked, key)
-        assert (found.impl, found.decisions[0].config) == ("hopper", HopperBwdConfig(64, 64, DETERMINISTIC=True))
+        assert (found.impl, found.decisions[0].config) == ("hopper", HopperBwdConfig(64, block_n, DETERMINISTIC=True))
 
 
 def test_what_the_caller_says_goes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -455,7 +455,7 @@ def hopper_bwd_keys_kernel(
     # by place, as the partitions take it apart
     shape: gl.constexpr = (WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, ORDERED, DQ_BY,
                            ROUNDED, KEEP, D2, STAGED)
-    order: gl.constexpr = (64 * WARPGROUPS, GROUP, SPLIT, VARLEN, WINDOW, TOGETHER, ORDERED, DQ_BY - 1)
+    order: gl.constexpr = (64 * WARPGROUPS, GROUP, SPLIT, VARLEN, WINDOW, TOGETHER, ORDERED, DQ_BY - 1, False)
     keys = (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale, scale_log2, shape)
     load = (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK, smem, bars, work,
             shape)

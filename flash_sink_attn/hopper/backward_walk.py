@@ -24,18 +24,20 @@ ONE_BEHIND: gl.constexpr = gl.constexpr(2)
 
 @gluon.jit
 def key_tile(cu_q, cu_k, work, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr, WINDOW: gl.constexpr,
-             VARLEN: gl.constexpr, TOGETHER: gl.constexpr, ORDERED: gl.constexpr):
+             VARLEN: gl.constexpr, TOGETHER: gl.constexpr, ORDERED: gl.constexpr, PAIR: gl.constexpr = False):
     """(ok, batch, key head, place of its parts of dK and dV, first key, keys' minus queries' length, lengths, where the
     sequences and its statistics begin, course of the walk).
 
     Tiles go by sections of ``section`` shares of (batch, key head) pairs, longest first under a causal mask; but
     shortest first in every other section where dQ is added in order (see :func:`_keep_order`). Each of the SPLIT shares
     has some of the group's query heads. In a packed batch each sequence has sections of its own, of so many shares that
-    they are about ``section`` programs.
+    they are about ``section`` programs. PAIR: a tile is for two neighbouring programs.
     """
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     HEADS: gl.constexpr = (GROUP + SPLIT - 1) // SPLIT
     tile = gl.program_id(0)
+    if PAIR:
+        tile = tile // 2
     if VARLEN:
         units = heads_kv * SPLIT
         if cu_k is None:
@@ -167,7 +169,8 @@ def _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr
     programs of a head read is spread over all its tiles, and has to have room in L2.
 
     A program waits only for those with a lower program number, which the GPU starts before it: nobody waits in a
-    circle. LATE: who adds begins with a tile of zeros that needs no turn.
+    circle. LATE: who adds begins with a tile of zeros that needs no turn. PAIR: of two programs' tiles every
+    other one is this one's, which count on their own.
     """
     BLOCK_N: gl.constexpr = order[0]
     GROUP: gl.constexpr = order[1]
@@ -177,15 +180,21 @@ def _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr
     TOGETHER: gl.constexpr = order[5]
     ORDERED: gl.constexpr = order[6]
     LATE: gl.constexpr = order[7]
+    PAIR: gl.constexpr = order[8]
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
-        cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED)
+        cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED, PAIR)
     await_launch_before()
     if ok:
         n = first_key // BLOCK_N
         head_rows = rows // 64
         tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
         m, g, left, total = first_tile(course)
+        if PAIR:
+            rank = gl.program_id(0) % 2
+            if rank == 1:
+                m, g, left = next_tile(m, g, left, course, TOGETHER)
+            total = (total + 1 - rank) // 2
         if LATE:
             if total > 0:
                 if TAKES:
@@ -214,6 +223,8 @@ def _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr
                 _set_turn(pointer, before + 1)
                 barrier_arrive(passed + slot, True)
             m, g, left = next_tile(m, g, left, course, TOGETHER)
+            if PAIR:
+                m, g, left = next_tile(m, g, left, course, TOGETHER)
 
 
 @gluon.jit

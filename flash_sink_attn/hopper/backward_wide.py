@@ -3,7 +3,7 @@
 64 keys are all whose dK and dV the registers of a multiprocessor hold. Two warpgroups share the products and not the
 columns: the first makes S, P and dV, the second dP, dS and dK, so that each multiplies 64 x 64 in front of its
 exponentials or sums and as wide a tile as there is behind them; what one needs of the other, P and dS, passes through
-shared memory. See :func:`hopper_bwd_wide_kernel`.
+shared memory. See :func:`hopper_bwd_wide_kernel`, and backward_pair for two programs that add one dQ.
 """
 
 from __future__ import annotations
@@ -13,25 +13,38 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from flash_sink_attn.hopper.backward_common import probabilities, scratch_add_64, scratch_offsets
-from flash_sink_attn.hopper.backward_products import tell_added
+from flash_sink_attn.hopper.backward_common import scratch_add_64, scratch_offsets
 from flash_sink_attn.hopper.backward_walk import TURNS, first_tile, key_tile, next_tile, pass_turns, take_turns
+from flash_sink_attn.hopper.backward_wide_common import (
+    allocate_barriers,
+    allocate_tiles,
+    first_dp,
+    first_s,
+    give_p,
+    load_keys,
+    load_tiles,
+    make_ds,
+    positions,
+    start_dk,
+    start_dp,
+    start_s,
+    store_dk,
+    store_dv,
+    tiles_in_scratch,
+)
 from flash_sink_attn.hopper.common import (
     advance,
     await_launch_before,
     barrier_arrive,
     barrier_init,
     barrier_wait,
-    barriers_declare,
     hold_half,
     load_block,
     place_of,
-    store_block,
 )
 from flash_sink_attn.hopper.staging import (
     BESIDE_192,
@@ -46,70 +59,25 @@ from flash_sink_attn.hopper.staging import (
 def _load(descs, Lse2, Delta, cu_q, cu_k, smem, bars, work, shape: gl.constexpr):
     """The loader: K and V once, then a ring of q, do and their rows' statistics."""
     GROUP: gl.constexpr = shape[0]
-    D: gl.constexpr = shape[1]
     D2: gl.constexpr = shape[2]
-    STAGES: gl.constexpr = shape[4]
     VARLEN: gl.constexpr = shape[5]
     WINDOW: gl.constexpr = shape[6]
     ORDERED: gl.constexpr = shape[7]
     q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc = descs
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
-    batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
         cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, ORDERED)
     q_b, q_row = place_of(b, start_q, len_q, VARLEN)
     k_b, k_row = place_of(b, start_k, len_k, VARLEN)
-    BYTES: gl.constexpr = q_desc.block_type.nbytes + (q2_desc.block_type.nbytes if D2 else 0)
+    BYTES: gl.constexpr = k_desc.block_type.nbytes + (k2_desc.block_type.nbytes if D2 else 0)
     if ok:
         mbarrier.expect(kv_ready, BYTES + v_desc.block_type.nbytes)
-        load_block(k_desc, k_b, k_row + first_key, head, 0, kv_ready, k_smem.index(0))
-        if D2:
-            load_block(k2_desc, k_b, k_row + first_key, head, D, kv_ready, k2_smem.index(0))
+        load_keys(descs, k_b, k_row + first_key, head, kv_ready, smem, 0, shape)
         load_block(v_desc, k_b, k_row + first_key, head, 0, kv_ready, v_smem.index(0))
     await_launch_before()
     if ok:
-        row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
-        m, g, left, total = first_tile(course)
-        slot = 0
-        # A ring's first round finds its slots empty: waiting for the phase before the first one returns at once.
-        phase = 1
-        at = (b * (heads_kv * GROUP) + head * GROUP) * rows + base + row
-        # one tile ahead, so that their latency hides behind the waits
-        lse2 = gl.load(Lse2 + at + m * 64, mask=row < total * 64, other=0.0)
-        delta = gl.load(Delta + at + m * 64, mask=row < total * 64, other=0.0)
-        for i in range(total):
-            head_q = head * GROUP + g
-            barrier_wait(q_empty + slot, phase)
-            mbarrier.expect(q_ready.index(slot), BYTES)
-            load_block(q_desc, q_b, q_row + m * 64, head_q, 0, q_ready.index(slot), q_smem.index(slot))
-            if D2:
-                load_block(q2_desc, q_b, q_row + m * 64, head_q, D, q_ready.index(slot), q2_smem.index(slot))
-            barrier_wait(do_empty + slot, phase)
-            mbarrier.expect(do_ready.index(slot), do_desc.block_type.nbytes)
-            load_block(do_desc, q_b, q_row + m * 64, head_q, 0, do_ready.index(slot), do_smem.index(slot))
-            lse_smem.index(slot).store(lse2)
-            mbarrier.arrive(q_ready.index(slot), count=1)
-            delta_smem.index(slot).store(delta)
-            mbarrier.arrive(do_ready.index(slot), count=1)
-            slot, phase = advance(slot, phase, STAGES)
-            m, g, left = next_tile(m, g, left, course, not WINDOW)
-            following = at + g * rows + m * 64
-            more = row < (total - 1 - i) * 64
-            lse2 = gl.load(Lse2 + following, mask=more, other=0.0)
-            delta = gl.load(Delta + following, mask=more, other=0.0)
-
-
-@gluon.jit
-def _scores(smem, slot, zero, D: gl.constexpr, D2: gl.constexpr):
-    """Starts S^T = K Q^T with the query tile in ``slot``."""
-    k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
-    s = warpgroup_mma(k_smem.index(0).reshape([64, D]), q_smem.index(slot).reshape([64, D]).permute((1, 0)), zero,
-                      use_acc=False, is_async=True)
-    if D2:
-        s = warpgroup_mma(k2_smem.index(0).reshape([64, D2]), q2_smem.index(slot).reshape([64, D2]).permute((1, 0)), s,
-                          is_async=True)
-    return s
+        load_tiles(descs, Lse2, Delta, smem, bars, work, b, q_b, q_row, head, base, course, shape)
 
 
 @gluon.jit
@@ -155,7 +123,6 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
-    dtype: gl.constexpr = k_smem.dtype
     # at head dim 256 the registers hold 64 columns of dQ at a time beside dV
     PARTS: gl.constexpr = 1 if D2 else D // 128
     PART: gl.constexpr = D if D2 else 64
@@ -168,8 +135,7 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
         cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, ORDERED)
     if ok:
-        key = gl.expand_dims(first_key - offset + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
-        row = gl.arange(0, 64, layout=ROW)
+        key, row = positions(first_key - offset, S_LAYOUT)
         zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
         dq_zero = gl.zeros([64, PART], gl.float32, Q_LAYOUT)
         dv = gl.zeros([64, DV], gl.float32, V_LAYOUT)
@@ -178,27 +144,17 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
         m, g, left, total = first_tile(course)
         slot = 0
         phase = 0
-        head_rows = rows // 64  # tiles of one head
-        tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
+        tile0, head_rows = tiles_in_scratch(b, head, base, work, GROUP)
         # with LATE dQ is a tile late, so that the other warpgroup makes dS meanwhile; the first one's is of zeros
         before = tile0 + g * head_rows + m
         if LATE:
-            ds_smem.index(1).store(zero.to(dtype))
+            ds_smem.index(1).store(zero.to(ds_smem.dtype))
             fence_async_shared()
             gl.thread_barrier()
-        mbarrier.wait(kv_ready, 0)
-        # S of the first tile; from then on each turn starts the next one's
-        mbarrier.wait(q_ready.index(0), 0, pred=total > 0)
-        s = _scores(smem, 0, zero, D, D2)
-        lse2 = lse_smem.index(0).load(ROW)
-        s = warpgroup_mma_wait(0, deps=[s])
+        # from the first one on each turn starts the next one's
+        s, lse2 = first_s(smem, bars, total, zero, shape)
         for i in range(total):
-            p = probabilities(s, lse2, key, row, m, first_key - offset, window, scale_log2, WINDOW).to(dtype)
-            p_smem.index(i & 1).store(p)
-            barrier_arrive(p_ready + i % 2, True)
-            barrier_arrive(q_empty + slot, True)
-            tell_added(i - 1, added, ORDERED, STAGED)
-            p = hold_half(gl.convert_layout(p, A_LAYOUT))
+            p = give_p(s, lse2, key, row, m, first_key - offset, i, slot, smem, bars, work, scale_log2, A_LAYOUT, shape)
             do = do_smem.index(slot).reshape([64, DV])
             mbarrier.wait(do_ready.index(slot), phase)
             dv = warpgroup_mma(p, do, dv, is_async=True)
@@ -221,17 +177,16 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
                 _add_dq(to + (c - 1) * (PART * 256), places, dq, STAGED)
                 dq = more
             mbarrier.wait(q_ready.index(following), following_phase, pred=i + 1 < total)
-            s = _scores(smem, following, zero, D, D2)
+            s = start_s(smem, following, zero, shape)
             dq = warpgroup_mma_wait(2 if D2 else 1, deps=[dq])
             _add_dq(to + (PARTS - 1) * (PART * 256), places, dq, STAGED)
-            if ORDERED and not STAGED:
+            if ORDERED:
                 barrier_arrive(added + i % TURNS, True)
             lse2 = lse_smem.index(following).load(ROW)
             # not carried in flight over the back edge: ptxas would serialise all products (C7514)
             s = warpgroup_mma_wait(0, deps=[s])
             slot = following
             phase = following_phase
-        tell_added(total - 1, added, ORDERED, STAGED)
         if LATE and total > 0:
             barrier_wait(ds_ready + (total + 1) % 2, (total + 1) // 2 & 1 ^ 1)
             to = offsets + before.to(gl.int64) * ((D + D2) * 256)
@@ -240,17 +195,9 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
             for c in gl.static_range(PARTS):
                 dq = warpgroup_mma_wait(0, deps=[_start_dq(smem, total + 1, dq_zero, c, D, D2)])
                 _add_dq(to + c * (PART * 256), places, dq, STAGED)
-            if ORDERED and not STAGED:
+            if ORDERED:
                 barrier_arrive(added + total % TURNS, True)
-            tell_added(total, added, ORDERED, STAGED)
-        # The last dS told that the other warpgroup has read all tiles of do; this one's warps ask each other.
-        gl.thread_barrier()
-        do_smem.index(0).reshape([64, DV]).store(dv.to(dtype))
-        fence_async_shared()
-        gl.thread_barrier()
-        k_b, k_row = place_of(b, start_k, len_k, VARLEN)
-        store_block(dv_desc, k_b, k_row + first_key, head, 0, do_smem.index(0))
-        tma.store_wait(0)
+        store_dv(dv_desc, dv, smem, b, start_k, len_k, first_key, head, shape)
         if STAGED:
             staging_drain(rows)
 
@@ -261,7 +208,6 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
     GROUP: gl.constexpr = shape[0]
     D: gl.constexpr = shape[1]
     D2: gl.constexpr = shape[2]
-    DV: gl.constexpr = shape[3]
     STAGES: gl.constexpr = shape[4]
     VARLEN: gl.constexpr = shape[5]
     WINDOW: gl.constexpr = shape[6]
@@ -271,7 +217,6 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
-    dtype: gl.constexpr = k_smem.dtype
     PARTS: gl.constexpr = 1 if D2 else D // 128
     PART: gl.constexpr = D2 if D2 else 64
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -280,12 +225,9 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
                                                        instr_shape=[16, PART, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=K_LAYOUT, k_width=2)
-    A2_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=Q_LAYOUT, k_width=2)
-    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
         cu_q, cu_k, work, 64, GROUP, 1, WINDOW, VARLEN, not WINDOW, ORDERED)
     if ok:
-        v = v_smem.index(0).reshape([64, DV])
         zero = gl.zeros([64, 64], gl.float32, S_LAYOUT)
         dq_zero = gl.zeros([64, PART], gl.float32, Q_LAYOUT)
         dk = gl.zeros([64, D], gl.float32, K_LAYOUT)
@@ -296,31 +238,21 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
         m, g, left, total = first_tile(course)
         slot = 0
         phase = 0
-        head_rows = rows // 64  # tiles of one head
-        tile0 = (b * (heads_kv * GROUP) + head * GROUP) * head_rows + base // 64
-        mbarrier.wait(kv_ready, 0)
-        # dP of the first tile; from then on each turn starts the next one's
-        mbarrier.wait(do_ready.index(0), 0, pred=total > 0)
-        dp = warpgroup_mma(v, do_smem.index(0).reshape([64, DV]).permute((1, 0)), zero, use_acc=False, is_async=True)
-        dp = warpgroup_mma_wait(0, deps=[dp])
-        if ORDERED and LATE and not STAGED:
+        tile0, head_rows = tiles_in_scratch(b, head, base, work, GROUP)
+        # from the first one on each turn starts the next one's
+        dp = first_dp(smem, bars, total, zero, shape)
+        if ORDERED and LATE:
             # the other warpgroup begins with a tile of zeros, to which this one has nothing to add
             barrier_arrive(added, total > 0)
         for i in range(total):
-            dp -= gl.expand_dims(delta_smem.index(slot).load(ROW), 0)
-            barrier_wait(p_ready + i % 2, i // 2 & 1)
-            ds = (p_smem.index(i & 1).load(S_LAYOUT).to(gl.float32) * dp).to(dtype)
+            ds = make_ds(dp, i, slot, smem, bars)
             ds_smem.index(i & 1).store(ds)
             fence_async_shared()
             barrier_arrive(ds_ready + i % 2, True)
             barrier_arrive(do_empty + slot, True)
-            tell_added(i - 1 + LATE, added, ORDERED, STAGED)
             ds = hold_half(gl.convert_layout(ds, A_LAYOUT))
             mbarrier.wait(q_ready.index(slot), phase)
-            dk = warpgroup_mma(ds, q_smem.index(slot).reshape([64, D]), dk, is_async=True)
-            if D2:
-                dk2 = warpgroup_mma(gl.convert_layout(ds, A2_LAYOUT), q2_smem.index(slot).reshape([64, D2]), dk2,
-                                    is_async=True)
+            dk, dk2 = start_dk(ds, smem, slot, dk, dk2, shape)
             current = tile0 + g * head_rows + m
             m, g, left = next_tile(m, g, left, course, not WINDOW)
             following, following_phase = advance(slot, phase, STAGES)
@@ -341,32 +273,16 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
                 _add_dq(to + (c - 1) * (PART * 256), places, dq, STAGED)
                 dq = more
             mbarrier.wait(do_ready.index(following), following_phase, pred=i + 1 < total)
-            dp = warpgroup_mma(v, do_smem.index(following).reshape([64, DV]).permute((1, 0)), zero, use_acc=False,
-                               is_async=True)
+            dp = start_dp(smem, following, zero, shape)
             dq = warpgroup_mma_wait(1, deps=[dq])
             _add_dq(to + (PARTS - 1) * (PART * 256), places, dq, STAGED)
-            if ORDERED and not STAGED:
+            if ORDERED:
                 barrier_arrive(added + (i + LATE) % TURNS, True)
             # not carried in flight over the back edge, as above
             dp = warpgroup_mma_wait(0, deps=[dp])
             slot = following
             phase = following_phase
-        tell_added(total - 1 + LATE, added, ORDERED, STAGED)
-        dk *= scale
-        if D2:
-            dk2 *= scale
-        # The last P told that the other warpgroup has read all tiles of q; this one's warps ask each other.
-        gl.thread_barrier()
-        q_smem.index(0).reshape([64, D]).store(dk.to(dtype))
-        if D2:
-            q2_smem.index(0).reshape([64, D2]).store(dk2.to(dtype))
-        fence_async_shared()
-        gl.thread_barrier()
-        k_b, k_row = place_of(b, start_k, len_k, VARLEN)
-        store_block(dk_desc, k_b, k_row + first_key, head, 0, q_smem.index(0))
-        if D2:
-            store_block(dk2_desc, k_b, k_row + first_key, head, D, q2_smem.index(0))
-        tma.store_wait(0)
+        store_dk(dk_desc, dk2_desc, dk, dk2, scale, smem, b, start_k, len_k, first_key, head, shape)
         if STAGED:
             staging_drain(rows)
 
@@ -387,22 +303,13 @@ def hopper_bwd_wide_kernel(
     of zeros, (64, D + D2) for each tile of each head in the order of scratch_offsets. Turn, Lse2, Delta,
     STAGED: as hopper_bwd_keys_kernel's.
     """
-    dtype: gl.constexpr = q_desc.dtype
-    PANEL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    k_smem = gl.allocate_shared_memory(dtype, [1] + k_desc.block_type.shape, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [1] + v_desc.block_type.shape, v_desc.layout)
-    q_smem = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
-    do_smem = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_type.shape, do_desc.layout)
-    k2_smem = k_smem
-    q2_smem = q_smem
-    if D2:
-        k2_smem = gl.allocate_shared_memory(dtype, [1] + k2_desc.block_type.shape, k2_desc.layout)
-        q2_smem = gl.allocate_shared_memory(dtype, [STAGES] + q2_desc.block_type.shape, q2_desc.layout)
-    p_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], PANEL)
-    ds_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], PANEL)
-    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], FLAT)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], FLAT)
+    # In one order a late dQ is a turn passed late: 1.28 for 1.02 of the time neither late nor in order, at head dim 192
+    # with a window of 1024; at 256 1.27 for 1.24, where registers spill without.
+    LATE: gl.constexpr = 0 if ORDERED and WINDOW and D2 else 1
+    # by place, as the partitions take it apart
+    shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW, ORDERED, LATE, STAGED)
+    descs = (q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc)
+    smem = allocate_tiles(descs, 1, 2, shape)
     # Who arrives, how often, who waits for which parity; round r of a slot is its r-th use, i the i-th tile, from 0.
     # kv_ready: the loader once, and the bytes of K and V; both warpgroups wait for parity 0.
     # q_ready, do_ready: the loader twice (with the bytes it expects, and once the rows' statistics are stored); both
@@ -421,26 +328,9 @@ def hopper_bwd_wide_kernel(
     # Nobody waits to overwrite. P(i) goes where P(i - 2) was, after the wait for all of dS(i - 2), which was made of
     # it. dS(i) goes where dS(i - 2) was, which both warpgroups' products have read: the first has said so with P(i)
     # and the second with dS(i - 1), for both of which all warps that write have waited.
-    kv_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    barriers_declare(rows)
-    q_empty = 0
-    do_empty = q_empty + STAGES
-    p_ready = do_empty + STAGES
-    ds_ready = p_ready + 2
-    turn = ds_ready + 2
+    bars, turn = allocate_barriers(rows, STAGES)
     added = turn + TURNS
     passed = added + TURNS
-    mbarrier.init(kv_ready, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(q_ready.index(i), count=2)
-        mbarrier.init(do_ready.index(i), count=2)
-        barrier_init(q_empty + i, 8)
-        barrier_init(do_empty + i, 8)
-    for i in gl.static_range(2):
-        barrier_init(p_ready + i, 4)
-        barrier_init(ds_ready + i, 4)
     if ORDERED:
         for i in gl.static_range(TURNS):
             barrier_init(turn + i, 1)
@@ -448,22 +338,15 @@ def hopper_bwd_wide_kernel(
             barrier_init(passed + i, 1)
     fence_async_shared()
     gl.thread_barrier()
-    smem = (k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem)
-    bars = (kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed)
+    bars = bars + (turn, added, passed)
     work = (batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window)
-    # by place, as the partitions take it apart
-    # In one order a late dQ is a turn passed late: 1.28 for 1.02 of the time neither late nor in order, at head dim 192
-    # with a window of 1024; at 256 1.27 for 1.24, where registers spill without.
-    LATE: gl.constexpr = 0 if ORDERED and WINDOW and D2 else 1
-    shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW, ORDERED, LATE, STAGED)
     values = (dv_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale_log2, shape)
     keys = (dk_desc, dk2_desc, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale, shape)
-    load = ((q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc), Lse2, Delta, CuSeqlensQ, CuSeqlensK, smem, bars, work,
-            shape)
+    load = (descs, Lse2, Delta, CuSeqlensQ, CuSeqlensK, smem, bars, work, shape)
     if STAGED:
         staging_declare(rows, D + D2)
     if ORDERED:
-        order: gl.constexpr = (64, GROUP, 1, VARLEN, WINDOW, not WINDOW, ORDERED, LATE)
+        order: gl.constexpr = (64, GROUP, 1, VARLEN, WINDOW, not WINDOW, ORDERED, LATE, False)
         turns = (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, order)
         gl.warp_specialize([
             (_compute_values, values), (_compute_keys, keys), (_load, load),

@@ -13,6 +13,7 @@ import torch
 from flash_sink_attn.config import HOPPER_LOADER_REGISTERS, HOPPER_SLIDE_WINDOW, HopperBwdConfig, HopperBwdForm
 from flash_sink_attn.estimate import one_behind, shares_in_section
 from flash_sink_attn.hopper.backward_keys import hopper_bwd_keys_kernel
+from flash_sink_attn.hopper.backward_pair import hopper_bwd_pair_kernel
 from flash_sink_attn.hopper.backward_queries import hopper_bwd_queries_kernel
 from flash_sink_attn.hopper.backward_rows import (
     hopper_bwd_finish_kernel,
@@ -278,23 +279,25 @@ def _launch_keeping(keep: bool, kernel: Any, programs: int, device: torch.device
 def _wide(call: _Call, scratch: torch.Tensor, turn: torch.Tensor | None) -> Any:
     """As :func:`_keys` with ``scratch``, for head dims above 128."""
     c = call
+    pair = c.config.BLOCK_N == 128  # two programs, which add one dQ
+    kernel, cluster = (hopper_bwd_pair_kernel, 2) if pair else (hopper_bwd_wide_kernel, 1)
     (first, second), width_v = split_head_dim(c.q.shape[-1]), c.v.shape[-1]
-    tiles = _slots(c.sequences, c.sequences.seqlen_k, 64)
+    tiles = _slots(c.sequences, c.sequences.seqlen_k, 64 * cluster)
 
     def described(x: torch.Tensor) -> tuple[Any, Any]:
         # without a second part anything stands for its descriptor
         return describe(x, 64, first), describe(x, 64, second or first)
 
-    return launch(hopper_bwd_wide_kernel, tiles * c.units, c.q.device, [
+    return launch(kernel, tiles * c.units, c.q.device, [
         *described(c.q), *described(c.k), describe(c.v, 64, width_v), describe(c.do, 64, width_v), *described(c.dk),
-        describe(c.dv, 64, width_v), scratch, turn, c.lse2, c.delta, c.sequences.cu_seqlens_q,
-        c.sequences.cu_seqlens_k, c.sequences.batch, c.sequences.seqlen_q, c.sequences.seqlen_k, c.heads_kv, c.rows,
-        tiles, _section(c, tiles, 64, True), c.window, c.scale, c.scale * LOG2E,
+        describe(c.dv, 64, width_v), scratch, turn, c.lse2, c.delta, c.sequences.cu_seqlens_q, c.sequences.cu_seqlens_k,
+        c.sequences.batch, c.sequences.seqlen_q, c.sequences.seqlen_k, c.heads_kv, c.rows, tiles,
+        _section(c, tiles, 64 * cluster, True, cluster), c.window, c.scale, c.scale * LOG2E,
     ], {
         "GROUP": c.group, "D": first, "D2": second, "DV": width_v, "STAGES": c.config.num_stages,
-        "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "ORDERED": _walk(c, turn), "STAGED": _staged(c),
-        "REGISTERS": 240, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
-    }, num_warps=4, maxnreg=168, dependent=True)
+        "VARLEN": c.sequences.varlen, "WINDOW": c.window > 0, "ORDERED": _walk(c, turn),
+        **({} if pair else {"STAGED": _staged(c)}), "REGISTERS": 240, "LOADER_REGISTERS": HOPPER_LOADER_REGISTERS,
+    }, num_warps=4, maxnreg=168, dependent=True, cluster=cluster)
 
 
 def _slide(call: _Call) -> Any:
@@ -333,20 +336,20 @@ def _walk(call: _Call, turn: torch.Tensor | None) -> int:
 
 
 def _staged(call: _Call) -> bool:
-    """Whether dQ goes to scratch by way of shared memory, see hopper.staging: where it finds room beside the tiles, and
-    at head dim 64 not under a window, where it gains nothing."""
+    """Whether dQ goes to scratch by way of shared memory, see hopper.staging: where it finds room beside the tiles; not
+    at head dim 64 under a window, where it gains nothing, and at 192 not in one order, where turns are passed late."""
     c, width = call, call.width
-    if width not in STAGING_BYTES or width == 64 and c.window:
+    if width not in STAGING_BYTES or width == 64 and c.window or width == 192 and c.config.DETERMINISTIC:
         return False
     shared = hopper_bwd_shared(c.config, c.q.shape[-1], c.v.shape[-1]) + STAGING_BYTES[width]
     return shared <= limits_of(90).shared_bytes
 
 
-def _section(call: _Call, tiles: int, block_n: int, accumulates: bool) -> int:
+def _section(call: _Call, tiles: int, block_n: int, accumulates: bool, cluster: int = 1) -> int:
     """The ``section`` of backward_walk.key_tile: shares, or of a packed batch programs, that are to go together. Where
     dQ is accumulated, as many as run at once, or of one length so many that all end the soonest."""
     c, split = call, call.config.SPLIT_GROUP
-    at_once = _multiprocessors(c.q.device) if accumulates else _SECTION * tiles
+    at_once = _multiprocessors(c.q.device) // cluster if accumulates else _SECTION * tiles
     if c.sequences.varlen:
         return at_once
     if not accumulates:
