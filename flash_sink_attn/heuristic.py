@@ -24,6 +24,7 @@ from flash_sink_attn.regimes import (
     large_tile,
     loads_itself,
     packs_alone,
+    portable_backward,
     portable_window,
     short_window,
     small_dims,
@@ -37,9 +38,7 @@ from flash_sink_attn.validity import HOPPER_BWD_HEAD_DIMS, HOPPER_HEAD_DIMS, Lim
 # v, whether there is a window).
 _DIMS: dict[Pass, tuple[tuple[int, int], ...]] = {"fwd": HOPPER_HEAD_DIMS, "bwd": HOPPER_BWD_HEAD_DIMS}
 PREFER_HOPPER: frozenset[tuple[Pass, int, int, bool]] = frozenset(
-    (pass_, d, dv, windowed) for windowed in (False, True) for pass_, dims in _DIMS.items() for d, dv in dims
-    # 192/128 with window 128: adding dq up outside takes 1.18 ms where the portable kernels need 0.87
-    if (pass_, windowed) != ("bwd", True) or d <= 128)
+    (pass_, d, dv, windowed) for windowed in (False, True) for pass_, dims in _DIMS.items() for d, dv in dims)
 
 # Tried in order until the validity rule accepts one.
 _HOPPER_FWD = (HopperFwdConfig(128, 128, PROGRAMS_PER_SM=1),
@@ -229,6 +228,6 @@ def heuristic(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool
 
 def prefers_hopper(pass_: Pass, key: ShapeKey, limits: Limits) -> bool:
     """Whether the Hopper kernels go before the portable ones where neither has been measured."""
-    if pass_ == "fwd" and (few_tiles(key) or portable_window(key)):
+    if few_tiles(key) or portable_window(key) if pass_ == "fwd" else portable_backward(key):
         return False
     return limits.wgmma and (pass_, key.head_dim, key.head_dim_v, key.window is not None) in PREFER_HOPPER

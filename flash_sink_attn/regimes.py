@@ -51,6 +51,7 @@ _FEW_KEYS = 2304  # in a sequence, see loads_itself
 _MORE_AT_ONCE = (3 * PROGRAMS_AT_ONCE, 5.5 * PROGRAMS_AT_ONCE)
 _FEW_ROW_TILES = 3.5  # of 64 rows for each multiprocessor, see few_rows
 _PORTABLE_WINDOW = 512  # the longest, see portable_window
+_PORTABLE_WINDOW_WIDE = 192  # at head dims above 128, see portable_backward
 _NARROW_WINDOW = 256  # see _too_narrow
 _IDLE = 1.095  # rounds that are begun over those that are filled, see idles
 
@@ -188,12 +189,23 @@ def portable_window(key: ShapeKey) -> bool:
     return key.window <= _PORTABLE_WINDOW and not (key.window <= 129 and packs(key))
 
 
+def portable_backward(key: ShapeKey) -> bool:
+    """Whether the window is one under which the portable backward is the faster one at head dims above 128.
+
+    In ms on an H200, portable and the best Hopper, 64/8 heads x 192/128: 4096 tokens, windows of 128 0.406 and 0.430,
+    256 0.577 and 0.533, 384 0.744 and 0.641, 512 0.911 and 0.754, 1024 1.528 and 1.142, 2048 2.628 and 1.836; at 8192
+    the same but for the factor of two (results/h200/20261129T215052Z-windows-192).
+    """
+    return key.head_dim > 128 and key.window is not None and key.window <= _PORTABLE_WINDOW_WIDE
+
+
 def compares(pass_: Pass, measured: ShapeKey, key: ShapeKey) -> bool:
     """Whether which implementation was the faster one at a shape says something about another shape.
 
     The configurations are another matter: either implementation's may be lent where this is not so, see :func:`lends`.
     """
-    return pass_ != "fwd" or portable_window(measured) == portable_window(key)
+    portable = portable_window if pass_ == "fwd" else portable_backward
+    return portable(measured) == portable(key)
 
 
 def kinds(key: ShapeKey) -> tuple[Kind, ...]:

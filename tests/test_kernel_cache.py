@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -102,7 +103,7 @@ kernels = []
 names = ["kernels.forward", "kernels.backward_dq", "kernels.backward_dkdv"]
 if support.gluon_problem() is None:
     names += [f"hopper.{n}" for n in ("forward", "window", "backward_walk", "backward_keys", "backward_queries",
-                                      "backward_slide", "backward_wide")]
+                                      "backward_slide", "backward_wide", "backward_pair")]
 for name in names:
     module = importlib.import_module(f"flash_sink_attn.{name}")
     kernels += [(f"{name}.{n}", f) for n, f in vars(module).items()
@@ -110,6 +111,18 @@ for name in names:
 kernels = kernels[::int(sys.argv[1])]
 print(json.dumps({n: launcher.launch(f, 1, torch.device("meta"), [], {}, num_warps=4) for n, f in kernels}))
 """
+
+
+@pytest.mark.parametrize("folder", ["kernels", "hopper"])
+def test_no_two_modules_name_a_constant_alike(folder: str) -> None:
+    """Triton sorts the constants that a kernel reads by name, and of one name by where their modules lie in memory,
+    which is in another order in another process: the kernel's key is then another, too."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "flash_sink_attn" / folder).glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.AnnAssign) and "constexpr" in ast.dump(node.annotation):
+                found.setdefault(ast.unparse(node.target), []).append(path.name)
+    assert found and {name: where for name, where in found.items() if len(where) > 1} == {}
 
 
 def test_the_key_of_a_kernel_is_the_same_in_whatever_order_kernels_are_used() -> None:

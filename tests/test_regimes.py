@@ -14,6 +14,7 @@ from flash_sink_attn.estimate import Kind
 from flash_sink_attn.heuristic import heuristic, prefers_hopper
 from flash_sink_attn.regimes import (
     best_kind,
+    compares,
     few_tiles,
     fits_ring,
     kinds,
@@ -325,6 +326,14 @@ def test_where_the_portable_forward_goes_first() -> None:
     assert [n for n in (8, 16, 24, 32, 40, 128) if portable(heads_q=n)] == [32, 40, 128]
     assert portable(varlen=True) and not portable(head_dim=128, head_dim_v=128)
     assert prefers_hopper("bwd", tokens(WINDOW, 8192, window=200), LIMITS)
+
+
+def test_a_wide_backward_is_the_portable_one_under_a_short_window() -> None:
+    for dims in ({"head_dim": 192, "head_dim_v": 128}, {"head_dim": 256, "head_dim_v": 256}):
+        short, long, none = (tokens(WINDOW, 4096, window=w, **dims) for w in (128, 256, None))
+        assert [prefers_hopper("bwd", key, LIMITS) for key in (short, long, none)] == [False, True, True]
+        assert all(prefers_hopper("fwd", key, LIMITS) for key in (short, long, none))
+        assert compares("bwd", long, none) and not compares("bwd", short, long) and compares("fwd", short, long)
 
 
 def test_a_choice_of_the_same_bits_does_not_hide_faster_ones() -> None:

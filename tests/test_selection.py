@@ -129,7 +129,7 @@ def test_wide_head_dims_have_the_same_bits_in_one_order(
 ) -> None:
     tuned(monkeypatch, tmp_path)
     monkeypatch.setattr(heuristic, "PREFER_HOPPER", frozenset({("bwd", *dims, True)}))
-    key = KEY._replace(head_dim=dims[0], head_dim_v=dims[1])
+    key = KEY._replace(head_dim=dims[0], head_dim_v=dims[1], window=1000)
     found = chosen("bwd", key=key)
     assert (found.impl, found.decisions[0].config) == ("hopper", HopperBwdConfig(64, block_n))
     for asked in (Options(deterministic=True), Options(deterministic=True, impl="hopper")):

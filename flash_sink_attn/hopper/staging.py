@@ -56,12 +56,12 @@ def _operands(count: int) -> gl.constexpr:
     return gl.constexpr(",".join(["=r"] * (count // 4) + ["l"] * count + ["r"] * count + ["f"] * count))
 
 
-ADD_64: gl.constexpr = _add(64)
-ADD_32: gl.constexpr = _add(32)
-ADD_16: gl.constexpr = _add(16)
-OPERANDS_64: gl.constexpr = _operands(64)
-OPERANDS_32: gl.constexpr = _operands(32)
-OPERANDS_16: gl.constexpr = _operands(16)
+STAGE_64: gl.constexpr = _add(64)
+STAGE_32: gl.constexpr = _add(32)
+STAGE_16: gl.constexpr = _add(16)
+STAGE_OPERANDS_64: gl.constexpr = _operands(64)
+STAGE_OPERANDS_32: gl.constexpr = _operands(32)
+STAGE_OPERANDS_16: gl.constexpr = _operands(16)
 
 
 @gluon.jit
@@ -85,11 +85,11 @@ def staging_places(BASE: gl.constexpr, LAYOUT: gl.constexpr, COLUMNS: gl.constex
 def staging_add(pointer, to, dq):
     """Adds an accumulator to scratch by way of the places ``to``. pointer: as for scratch_add."""
     if dq.shape[1] == 128:
-        gl.inline_asm_elementwise(ADD_64, OPERANDS_64, [pointer, to, dq], dtype=gl.int8, is_pure=False, pack=64)
+        gl.inline_asm_elementwise(STAGE_64, STAGE_OPERANDS_64, [pointer, to, dq], dtype=gl.int8, is_pure=False, pack=64)
     elif dq.shape[1] == 64:
-        gl.inline_asm_elementwise(ADD_32, OPERANDS_32, [pointer, to, dq], dtype=gl.int8, is_pure=False, pack=32)
+        gl.inline_asm_elementwise(STAGE_32, STAGE_OPERANDS_32, [pointer, to, dq], dtype=gl.int8, is_pure=False, pack=32)
     else:
-        gl.inline_asm_elementwise(ADD_16, OPERANDS_16, [pointer, to, dq], dtype=gl.int8, is_pure=False, pack=16)
+        gl.inline_asm_elementwise(STAGE_16, STAGE_OPERANDS_16, [pointer, to, dq], dtype=gl.int8, is_pure=False, pack=16)
 
 
 @gluon.jit
