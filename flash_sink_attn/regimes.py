@@ -51,7 +51,7 @@ _FEW_KEYS = 2304  # in a sequence, see loads_itself
 _MORE_AT_ONCE = (3 * PROGRAMS_AT_ONCE, 5.5 * PROGRAMS_AT_ONCE)
 _FEW_ROW_TILES = 3.5  # of 64 rows for each multiprocessor, see few_rows
 _PORTABLE_WINDOW = 512  # the longest, see portable_window
-_PORTABLE_WINDOW_WIDE = 192  # at head dims above 128, see portable_backward
+_PORTABLE_WINDOW_192 = 160  # at head dim 192, see portable_backward
 _NARROW_WINDOW = 256  # see _too_narrow
 _IDLE = 1.095  # rounds that are begun over those that are filled, see idles
 
@@ -190,13 +190,14 @@ def portable_window(key: ShapeKey) -> bool:
 
 
 def portable_backward(key: ShapeKey) -> bool:
-    """Whether the window is one under which the portable backward is the faster one at head dims above 128.
+    """Whether the window is one under which the portable backward is the faster one, at head dim 192.
 
-    In ms on an H200, portable and the best Hopper, 64/8 heads x 192/128: 4096 tokens, windows of 128 0.406 and 0.430,
-    256 0.577 and 0.533, 384 0.744 and 0.641, 512 0.911 and 0.754, 1024 1.528 and 1.142, 2048 2.628 and 1.836; at 8192
-    the same but for the factor of two (results/h200/20261129T215052Z-windows-192).
+    In ms on an H200, portable and the best Hopper, 64/8 heads x 192/128, 4096 and 8192 tokens: a window of 128 0.406
+    and 0.429, 0.791 and 0.838; 192 0.491 and 0.481, 0.951 and 0.943; 256 0.575 and 0.533; 512 0.901 and 0.753; 2048
+    2.60 and 1.81. At head dim 256 the Hopper kernel is ahead from 128 on: 0.269 and 0.202 with 16/16 heads, 0.371 and
+    0.331 with 32/8 (results/h200/20261129T220501Z-windows-wide).
     """
-    return key.head_dim > 128 and key.window is not None and key.window <= _PORTABLE_WINDOW_WIDE
+    return key.head_dim == 192 and key.window is not None and key.window <= _PORTABLE_WINDOW_192
 
 
 def compares(pass_: Pass, measured: ShapeKey, key: ShapeKey) -> bool:
