@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,29 @@ def built_in_halves(code: str, cases: Mapping[str, Any], cache: Path) -> dict[st
         assert half.returncode == 0, error[-2000:]
         found |= dict(json.loads(line) for line in out.splitlines())
     return found
+
+
+def allocated(ttgir: str, shape: str) -> list[int]:
+    """Where Triton lays the allocations of a shape, such as ``6x64x64``, among a kernel's shared memory, in bytes.
+
+    The kernel's own ``ttgir`` does not say so yet: the passes that decide it are run on it again.
+    """
+    from triton._C.libtriton import ir, nvidia, passes
+
+    context = ir.context()
+    ir.load_dialects(context)
+    nvidia.load_dialects(context)
+    with tempfile.NamedTemporaryFile("w", suffix=".ttgir") as file:
+        file.write(ttgir)
+        file.flush()
+        module = ir.parse_mlir_module(file.name, context)
+    module.context = context
+    manager = ir.pass_manager(context)
+    passes.ttgpuir.add_combine_tensor_select_and_if(manager)
+    passes.ttgpuir.add_allocate_warp_groups(manager)
+    passes.convert.add_scf_to_cf(manager)
+    passes.gluon.add_inliner(manager)
+    nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, 90, 86)
+    manager.run(module, "allocated")
+    lines = (line for line in str(module).splitlines() if "local_alloc" in line and f"memdesc<{shape}x" in line)
+    return [int(re.search(r"allocation.offset = (\d+)", line)[1]) for line in lines]  # type: ignore[index]

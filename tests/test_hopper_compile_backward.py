@@ -46,7 +46,7 @@ from flash_sink_attn.hopper import launch_backward, launch_forward
 from flash_sink_attn.machine_code import disassemble, shared_bytes
 from flash_sink_attn.sass_check import register_fault
 from flash_sink_attn.sass_loops import matrix_loops
-from tests.compiling import build_and_listen
+from tests.compiling import allocated, build_and_listen
 from tests.hopper_backward_cases import Case, build
 
 set_target(90)
@@ -57,7 +57,8 @@ def look_at(compiled, warnings):
     loops = matrix_loops(sass)
     return dict(
         hgmma=len(re.findall(r"\\bHGMMA\\b", sass)), shared=shared_bytes(compiled), warnings=warnings,
-        serialised=sum(x.serialised for x in loops), spills=sum(x.spills for x in loops), fault=register_fault(sass))
+        serialised=sum(x.serialised for x in loops), spills=sum(x.spills for x in loops), fault=register_fault(sass),
+        sent=allocated(compiled.asm["ttgir"], "6x64x64") if "pair" in compiled.metadata.name else None)
 
 def launch(kernel, *of, **how):
     compiled, warnings = build_and_listen(lambda: real(kernel, *of, **how))
@@ -115,6 +116,12 @@ def test_operands_that_stay_in_registers_are_not_overwritten(built: dict[str, An
 def test_which_loops_spill(built: dict[str, Any], name: str) -> None:
     spilling = {kernel.split("_")[2] for kernel in matrix(name) if built[name][kernel]["spills"]}
     assert spilling == SPILLING.get(name, set()), built[name]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "pair" in name])
+def test_what_a_program_sends_the_other_lies_first(built: dict[str, Any], name: str) -> None:
+    """hopper.cluster knows no other address."""
+    assert built[name]["hopper_bwd_pair_kernel"]["sent"] == [0]
 
 
 def test_two_programs_that_make_dq_fit_a_multiprocessor(built: dict[str, Any]) -> None:
