@@ -305,10 +305,11 @@ def shares_in_section(
         units: (batch, key head) pairs.
         shares: programs that share a group at the same keys.
         block_n: keys of a tile.
-        programs: that run at once.
+        programs: that run at once; pairs of them, where two share a tile.
         ordered: whether dQ is added up in one order.
 
-    Head dims above 128, whose tiles have 64 keys, are taken to behave as 128 does; they were not measured.
+    Head dims above 128, whose tiles have 64 keys or a pair's 128, are taken to behave as 128 does; they were not
+    measured.
     """
     of = _Programs.of(seqlen_q, seqlen_k, window, head_dim, group, units, shares, block_n, programs)
     base, falling = of.section_at_once, ordered and window is None

@@ -58,7 +58,7 @@ def launch(
         dependent: whether its programs may start before those of the launch before it have ended, for whose results
             they wait themselves: see flash_sink_attn.hopper.common.
         cluster: so many neighbouring programs are launched together; ``programs`` is then the number of clusters. The
-            kernel is compiled as any other, so that a program's number is its own.
+            kernel is compiled as any other, so that a program's number is its own. A kernel has one size of clusters.
 
     Raises:
         MiscompiledError: ``check`` said so, now or in an earlier launch.
@@ -129,8 +129,8 @@ def _launch_new(
     else:
         compiled = kernel.warmup(**arguments, **options, grid=(programs,))
         # what Triton's launcher takes the size of a cluster from, and multiplies the grid by
-        num_warps, _, shared = compiled.packed_metadata
-        compiled.packed_metadata = (num_warps, cluster, shared)
+        num_warps, _, *others = compiled.packed_metadata
+        compiled.packed_metadata = (num_warps, cluster, *others)
         compiled[programs, 1, 1](*runtime, *constants.values())
     if key is not None:
         _compiled[key] = compiled

@@ -63,7 +63,7 @@ def test_groups(worker: Worker, family: str, group: int, heads_kv: int) -> None:
 @needs_hopper
 @pytest.mark.parametrize("window", [1, 37, 128, 129, 130, 256, 1000])
 @pytest.mark.parametrize("family", ["64", "128", "64-recompute", "128-recompute", "128-recompute-two", "64-slide",
-                                    "64-slide-short", "192", "192-pair", "256"])
+                                    "64-slide-short", "192", "192-pair", "192-pair-ordered", "256"])
 def test_windows(worker: Worker, family: str, window: int) -> None:
     """Up to the longest that slides and beyond it, where the call falls back to recomputing."""
     judge(worker, case(FAMILIES[family], window=window, seqlen_q=1100, group=3))

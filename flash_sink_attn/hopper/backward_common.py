@@ -60,7 +60,7 @@ def probabilities(s, lse2, key, row, m, first_key, window, scale_log2, WINDOW: g
                   CONSTANTS: gl.constexpr = False):
     """P^T of 64 keys from ``first_key`` on (in positions of queries) and query tile ``m``; key, row: (64, 1), (64,).
 
-    CONSTANTS: masks compare with constants (:func:`keep`), which is fewer instructions and not always faster.
+    CONSTANTS: masks compare with constants (:func:`up_to`), which is fewer instructions and not always faster.
     """
     p = gl.exp2(s * scale_log2 - gl.expand_dims(lse2, 0))
     if m * 64 < first_key + 63:
