@@ -62,8 +62,8 @@ def _load_rows(q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots
     q_b, q_row = place_of(b, start_q, len_q, VARLEN)
     k_b, k_row = place_of(b, start_k, len_k, VARLEN)
     if ORDERED:
-        # With the wait behind these loads ptxas put the multiplications of dS elsewhere, 5% slower at head dim 128 when dQ
-        # left from registers.
+        # With the wait behind these loads ptxas put the multiplications of dS elsewhere, 5% slower at head dim 128 when
+        # dQ left from registers.
         await_launch_before()
     if ok:
         mbarrier.expect(kv_ready, 2 * WARPGROUPS * k_desc.block_type.nbytes)
