@@ -228,6 +228,6 @@ def heuristic(kernel: Kernel, key: ShapeKey, limits: Limits, deterministic: bool
 
 def prefers_hopper(pass_: Pass, key: ShapeKey, limits: Limits) -> bool:
     """Whether the Hopper kernels go before the portable ones where neither has been measured."""
-    if few_tiles(key) or portable_window(key) if pass_ == "fwd" else portable_backward(key):
+    if (few_tiles(key) or portable_window(key)) if pass_ == "fwd" else portable_backward(key):
         return False
     return limits.wgmma and (pass_, key.head_dim, key.head_dim_v, key.window is not None) in PREFER_HOPPER

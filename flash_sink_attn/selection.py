@@ -5,7 +5,7 @@
    geometric mean; at the call's own shape alone where that is tuned. Where only one of the two was measured at the
    nearest, that one. A shape of another kind, or where one of them was measured with what is not for the call's kind
    (:mod:`flash_sink_attn.regimes`), says nothing, and the next one is asked.
-3. The heuristic: :data:`flash_sink_attn.heuristic.PREFER_HOPPER`.
+3. The heuristic: :func:`flash_sink_attn.heuristic.prefers_hopper`.
 
 Where the Hopper kernels are wanted by 2 or 3 and cannot run, the portable ones do, and one line in the log says why.
 """

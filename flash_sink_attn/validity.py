@@ -263,7 +263,7 @@ def _hopper_bwd_wide_reason(c: HopperBwdConfig, form: HopperBwdForm, shape: _Sha
     if c.BLOCK_M != 64:
         return f"BLOCK_M must be 64 at head dims above 128, got {c.BLOCK_M}"
     if c.BLOCK_N != 64 and (c.BLOCK_N, shape.head_dim) != (128, 192):
-        return f"BLOCK_N must be 64 at head dims above 128, or at 192 128 for two programs, got {c.BLOCK_N}"
+        return f"BLOCK_N must be 64 at head dims above 128 (at 192 also 128, for two programs), got {c.BLOCK_N}"
     if c.num_stages < 2:
         return f"num_stages must be at least 2 with FORM 0 (a tile begins before the last is done), got {c.num_stages}"
     for name, value, only in (("BUFFERS", c.BUFFERS, 0), ("maxnreg", c.maxnreg, None),

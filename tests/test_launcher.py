@@ -22,5 +22,5 @@ def test_a_cluster_is_launched_by_their_number() -> None:
     assert launched(5, cluster=2) is launched(6, cluster=2) is compiled
     assert compiled.packed_metadata == (4, 2, 0)
     assert compiled.listened == [((5, 1, 1), 7, 3), ((6, 1, 1), 7, 3)] and not kernel.first
-    plain = launched(5)
-    assert plain is not compiled and kernel.first == [{"x": 7, "SIZE": 3, "num_warps": 4}]
+    launched(5)
+    assert kernel.first == [{"x": 7, "SIZE": 3, "num_warps": 4}]
