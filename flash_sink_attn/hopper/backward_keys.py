@@ -385,8 +385,8 @@ def hopper_bwd_keys_kernel(
     *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64, 1, D), see descriptors.describe.
     Sums: with SPLIT, float32 parts of dK and dV, tiles of 64 x D (see scratch_offsets) [tile of keys, share, warpgroup,
     dK or dV]. DQ: float32 scratch of zeros, tiles of 64 x
-    64 [batch, head, row / 64, column / 64]. Turn: with ORDERED, int32 zeros, one for each 64 rows of
-    DQ: how many tiles of keys have added to them. Lse2, Delta: float32 (batch, heads_q, rows), a packed
+    64 [batch, head, row / 64, column / 64]. Turn: with ORDERED, int32 zeros, two for each 64 rows of
+    DQ: the first says how many tiles of keys have added to them. Lse2, Delta: float32 (batch, heads_q, rows), a packed
     batch (heads_q, rows) with sequence i from row (start_i // 64 + i) * 64 on; +inf and 0 beyond a sequence.
     Part, DSinks: where given, the programs sum each head's ``slots`` parts. D2: 0, or at head dim 96 the 32 columns of
     it behind the first 64: only those of D = 128 are multiplied. STAGED: dQ goes to scratch by way of shared
@@ -456,7 +456,8 @@ def hopper_bwd_keys_kernel(
     # by place, as the partitions take it apart
     shape: gl.constexpr = (WARPGROUPS, GROUP, SPLIT, D, STAGES, BUFFERS, VARLEN, WINDOW, TOGETHER, ORDERED, DQ_BY,
                            ROUNDED, KEEP, D2, STAGED)
-    order: gl.constexpr = (64 * WARPGROUPS, GROUP, SPLIT, VARLEN, WINDOW, TOGETHER, ORDERED, DQ_BY - 1, False)
+    order: gl.constexpr = (64 * WARPGROUPS, GROUP, SPLIT, VARLEN, WINDOW, TOGETHER, ORDERED, DQ_BY - 1, False,
+                           False)
     keys = (dk_desc, dv_desc, Sums, DQ, CuSeqlensQ, CuSeqlensK, smem, bars, work, scale, scale_log2, shape)
     load = (q_desc, k_desc, v_desc, do_desc, Lse2, Delta, Part, DSinks, slots, CuSeqlensQ, CuSeqlensK, smem, bars, work,
             shape)

@@ -402,7 +402,7 @@ def hopper_bwd_pair_kernel(
     send = (CuSeqlensQ, CuSeqlensK, bars, work, shape)
     # the last two are all that is left of the last warpgroup, see _accompany
     if ORDERED:
-        order: gl.constexpr = (128, GROUP, 1, VARLEN, WINDOW, not WINDOW, ORDERED, 0, True)
+        order: gl.constexpr = (128, GROUP, 1, VARLEN, WINDOW, not WINDOW, ORDERED, 0, True, False)
         turns = (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, order)
         gl.warp_specialize([
             (_compute_values, values), (_compute_keys, keys), (_load, load), (_send, send), (_take_turns, turns),

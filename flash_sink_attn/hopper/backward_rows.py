@@ -77,7 +77,7 @@ def hopper_bwd_rows_kernel(
     for c in tl.static_range(WIDTH // 64):
         tl.store(DQ + pid * (64 * WIDTH) + c * 4096 + tl.arange(0, 4096), tl.zeros([4096], tl.float32))
     if Turn is not None:
-        tl.store(Turn + pid, 0)
+        tl.store(Turn + pid * 2 + tl.arange(0, 2), tl.zeros([2], tl.int32))
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     at = unit * seqlen + start + row
     lse2 = tl.load(Lse + at, mask=inside, other=float("inf")) * 1.4426950408889634

@@ -153,6 +153,17 @@ def _set_turn(pointer, number):
 
 
 @gluon.jit
+def _set_turns(pointer, number, condition, other, other_number, other_condition):
+    """As :func:`_set_turn`, each of two words where its condition is."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; bar.warp.sync -1; elect.sync _|p, -1; @p fence.acq_rel.gpu; "
+        "setp.ne.and.b32 q, $3, 0, p; @q st.relaxed.gpu.global.b32 [$1], $2; "
+        "setp.ne.and.b32 q, $6, 0, p; @q st.relaxed.gpu.global.b32 [$4], $5; mov.u32 $0, 0; }", "=r,l,r,r,l,r,r",
+        [pointer, number, condition.to(gl.int32), other, other_number, other_condition.to(gl.int32)], dtype=gl.int32,
+        is_pure=False, pack=1)
+
+
+@gluon.jit
 def _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr, TAKES: gl.constexpr):
     """One of two warps that let this program's dQ be added in an order of keys, so that sums have the same bits each
     time: the one that waits for the turn (TAKES), and the one that passes it on.
@@ -170,7 +181,8 @@ def _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr
 
     A program waits only for those with a lower program number, which the GPU starts before it: nobody waits in a
     circle. LATE: who adds begins with a tile of zeros that needs no turn. PAIR: of two programs' tiles every
-    other one is this one's, which count on their own.
+    other one is this one's, which count on their own. APART: of the i-th tile the last columns are added in step i and
+    the first ones in step i + 1; each half has a word of its own, so that a turn is kept for no more than a step.
     """
     BLOCK_N: gl.constexpr = order[0]
     GROUP: gl.constexpr = order[1]
@@ -181,6 +193,7 @@ def _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr
     ORDERED: gl.constexpr = order[6]
     LATE: gl.constexpr = order[7]
     PAIR: gl.constexpr = order[8]
+    APART: gl.constexpr = order[9]
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
     ok, b, head, place, first_key, offset, len_q, len_k, start_q, start_k, base, course = key_tile(
         cu_q, cu_k, work, BLOCK_N, GROUP, SPLIT, WINDOW, VARLEN, TOGETHER, ORDERED, PAIR)
@@ -202,8 +215,15 @@ def _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr
                 else:
                     barrier_wait(added, 0)
                     barrier_arrive(passed, True)
-        for i in range(LATE, total + LATE):
-            pointer = Turn.to(gl.int64) + (tile0 + g * head_rows + m).to(gl.int64) * 4
+        steps = total + LATE
+        if APART:
+            steps = total + (total > 0).to(gl.int32)
+        pointer = Turn.to(gl.int64)
+        before = 0
+        for i in range(LATE, steps):
+            late = pointer + 4
+            late_before = before
+            pointer = Turn.to(gl.int64) + (tile0 + g * head_rows + m).to(gl.int64) * 8
             slot = i % TURNS
             # tiles of keys that add before this one does
             before = n
@@ -215,12 +235,21 @@ def _keep_order(Turn, cu_q, cu_k, turn, added, passed, work, order: gl.constexpr
             if TAKES:
                 # a slot's first round has none before it to wait for
                 barrier_wait(passed + slot, (i // TURNS + 1) & 1)
-                if before > 0:
-                    _await_turn(pointer, before)
+                if APART:
+                    if (before > 0) & (i < total):
+                        _await_turn(pointer, before)
+                    if (late_before > 0) & (i > 0):
+                        _await_turn(late, late_before)
+                else:
+                    if before > 0:
+                        _await_turn(pointer, before)
                 barrier_arrive(turn + slot, True)
             else:
                 barrier_wait(added + slot, (i // TURNS) & 1)
-                _set_turn(pointer, before + 1)
+                if APART:
+                    _set_turns(pointer, before + 1, i < total, late, late_before + 1, i > 0)
+                else:
+                    _set_turn(pointer, before + 1)
                 barrier_arrive(passed + slot, True)
             m, g, left = next_tile(m, g, left, course, TOGETHER)
             if PAIR:

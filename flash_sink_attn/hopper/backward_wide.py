@@ -118,8 +118,7 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
     VARLEN: gl.constexpr = shape[5]
     WINDOW: gl.constexpr = shape[6]
     ORDERED: gl.constexpr = shape[7]
-    LATE: gl.constexpr = shape[8]
-    STAGED: gl.constexpr = shape[9]
+    STAGED: gl.constexpr = shape[8]
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -145,12 +144,11 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
         slot = 0
         phase = 0
         tile0, head_rows = tiles_in_scratch(b, head, base, work, GROUP)
-        # with LATE dQ is a tile late, so that the other warpgroup makes dS meanwhile; the first one's is of zeros
+        # dQ is a tile late, so that the other warpgroup makes dS meanwhile; the first one's is of zeros
         before = tile0 + g * head_rows + m
-        if LATE:
-            ds_smem.index(1).store(zero.to(ds_smem.dtype))
-            fence_async_shared()
-            gl.thread_barrier()
+        ds_smem.index(1).store(zero.to(ds_smem.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
         # from the first one on each turn starts the next one's
         s, lse2 = first_s(smem, bars, total, zero, shape)
         for i in range(total):
@@ -162,17 +160,17 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
             m, g, left = next_tile(m, g, left, course, not WINDOW)
             following, following_phase = advance(slot, phase, STAGES)
             # dS of the tile before: at the first one the phase before the first, which is passed at once
-            barrier_wait(ds_ready + (i + LATE) % 2, (i + LATE) // 2 & 1 ^ LATE)
-            dq = _start_dq(smem, i + LATE, dq_zero, 0, D, D2)
+            barrier_wait(ds_ready + (i + 1) % 2, (i + 1) // 2 & 1 ^ 1)
+            dq = _start_dq(smem, i + 1, dq_zero, 0, D, D2)
             dv = warpgroup_mma_wait(1, deps=[dv])
             hold_half(p)
             barrier_arrive(do_empty + slot, True)
-            to = offsets + (before if LATE else current).to(gl.int64) * ((D + D2) * 256)
+            to = offsets + before.to(gl.int64) * ((D + D2) * 256)
             before = current
             if ORDERED:
                 barrier_wait(turn + i % TURNS, i // TURNS & 1)
             for c in gl.static_range(1, PARTS):
-                more = _start_dq(smem, i + LATE, dq_zero, c, D, D2)
+                more = _start_dq(smem, i + 1, dq_zero, c, D, D2)
                 dq = warpgroup_mma_wait(1, deps=[dq])
                 _add_dq(to + (c - 1) * (PART * 256), places, dq, STAGED)
                 dq = more
@@ -187,7 +185,7 @@ def _compute_values(dv_desc, DQ, cu_q, cu_k, smem, bars, work, scale_log2, shape
             s = warpgroup_mma_wait(0, deps=[s])
             slot = following
             phase = following_phase
-        if LATE and total > 0:
+        if total > 0:
             barrier_wait(ds_ready + (total + 1) % 2, (total + 1) // 2 & 1 ^ 1)
             to = offsets + before.to(gl.int64) * ((D + D2) * 256)
             if ORDERED:
@@ -212,8 +210,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
     VARLEN: gl.constexpr = shape[5]
     WINDOW: gl.constexpr = shape[6]
     ORDERED: gl.constexpr = shape[7]
-    LATE: gl.constexpr = shape[8]
-    STAGED: gl.constexpr = shape[9]
+    STAGED: gl.constexpr = shape[8]
     k_smem, k2_smem, v_smem, q_smem, q2_smem, do_smem, lse_smem, delta_smem, p_smem, ds_smem = smem
     kv_ready, q_ready, do_ready, q_empty, do_empty, p_ready, ds_ready, turn, added, passed = bars
     batch, seqlen_q, seqlen_k, heads_kv, rows, tiles, section, window = work
@@ -241,9 +238,6 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
         tile0, head_rows = tiles_in_scratch(b, head, base, work, GROUP)
         # from the first one on each turn starts the next one's
         dp = first_dp(smem, bars, total, zero, shape)
-        if ORDERED and LATE:
-            # the other warpgroup begins with a tile of zeros, to which this one has nothing to add
-            barrier_arrive(added, total > 0)
         for i in range(total):
             ds = make_ds(dp, i, slot, smem, bars)
             ds_smem.index(i & 1).store(ds)
@@ -266,7 +260,7 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
             barrier_arrive(q_empty + slot, True)
             to = offsets + current.to(gl.int64) * ((D + D2) * 256)
             if ORDERED:
-                barrier_wait(turn + (i + LATE) % TURNS, (i + LATE) // TURNS & 1)
+                barrier_wait(turn + i % TURNS, i // TURNS & 1)
             for c in gl.static_range(1, PARTS):
                 more = _start_dq(smem, i, dq_zero, PARTS + c, D, D2)
                 dq = warpgroup_mma_wait(1, deps=[dq])
@@ -277,11 +271,14 @@ def _compute_keys(dk_desc, dk2_desc, DQ, cu_q, cu_k, smem, bars, work, scale, sh
             dq = warpgroup_mma_wait(1, deps=[dq])
             _add_dq(to + (PARTS - 1) * (PART * 256), places, dq, STAGED)
             if ORDERED:
-                barrier_arrive(added + (i + LATE) % TURNS, True)
+                barrier_arrive(added + i % TURNS, True)
             # not carried in flight over the back edge, as above
             dp = warpgroup_mma_wait(0, deps=[dp])
             slot = following
             phase = following_phase
+        if ORDERED:
+            # the other warpgroup has a step more
+            barrier_arrive(added + total % TURNS, total > 0)
         store_dk(dk_desc, dk2_desc, dk, dk2, scale, smem, b, start_k, len_k, first_key, head, shape)
         if STAGED:
             staging_drain(rows)
@@ -303,11 +300,8 @@ def hopper_bwd_wide_kernel(
     of zeros, (64, D + D2) for each tile of each head in the order of scratch_offsets. Turn, Lse2, Delta,
     STAGED: as hopper_bwd_keys_kernel's.
     """
-    # In one order a late dQ is a turn passed late: 1.28 for 1.02 of the time neither late nor in order, at head dim 192
-    # with a window of 1024; at 256 1.27 for 1.24, where registers spill without.
-    LATE: gl.constexpr = 0 if ORDERED and WINDOW and D2 else 1
     # by place, as the partitions take it apart
-    shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW, ORDERED, LATE, STAGED)
+    shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW, ORDERED, STAGED)
     descs = (q_desc, q2_desc, k_desc, k2_desc, v_desc, do_desc)
     smem = allocate_tiles(descs, 1, 2, shape)
     # Who arrives, how often, who waits for which parity; round r of a slot is its r-th use, i the i-th tile, from 0.
@@ -320,11 +314,13 @@ def hopper_bwd_wide_kernel(
     # p_ready, ds_ready: two each, for even and odd tiles, since the first warpgroup may be two tiles ahead of what the
     #   second waits for. p_ready: each warp that makes P once, when its part of tile i's is stored; those that make dS
     #   wait for parity i / 2 % 2. ds_ready: the other way round; those that make P wait for tile i's in tile
-    #   i + LATE (with LATE in tile 0 for the phase before the first, and after the last tile for its), and those that
-    #   make dS wait for it too, since each reads all of dS.
-    # turn (ORDERED): the warp of take_turns once, when the tile's turn has come; both warpgroups wait for it before
-    #   they add. added: each of the eight warps once, when it has added its columns. With LATE number 0 of both rings
-    #   is a tile of zeros: what the first warpgroup adds in its tile i is number i, what the second adds number i + 1.
+    #   i + 1 (in tile 0 for the phase before the first, and after the last tile for its), and those that make dS wait
+    #   for it too, since each reads all of dS.
+    # turn (ORDERED): the warp of take_turns once, when both turns of step i have come, the second warpgroup's for tile
+    #   i and the first one's for tile i - 1; both wait for it before they add. added: each of the eight warps once,
+    #   when it has added its columns of step i. In the step after the last tile the second warpgroup has nothing to
+    #   add: it arrives when the first one has made that tile's P, and so has arrived for all steps before the last
+    #   two. passed: as hopper_bwd_keys_kernel's.
     # Nobody waits to overwrite. P(i) goes where P(i - 2) was, after the wait for all of dS(i - 2), which was made of
     # it. dS(i) goes where dS(i - 2) was, which both warpgroups' products have read: the first has said so with P(i)
     # and the second with dS(i - 1), for both of which all warps that write have waited.
@@ -346,7 +342,7 @@ def hopper_bwd_wide_kernel(
     if STAGED:
         staging_declare(rows, D + D2)
     if ORDERED:
-        order: gl.constexpr = (64, GROUP, 1, VARLEN, WINDOW, not WINDOW, ORDERED, LATE, False)
+        order: gl.constexpr = (64, GROUP, 1, VARLEN, WINDOW, not WINDOW, ORDERED, 0, False, True)
         turns = (Turn, CuSeqlensQ, CuSeqlensK, turn, added, passed, work, order)
         gl.warp_specialize([
             (_compute_values, values), (_compute_keys, keys), (_load, load),

@@ -156,8 +156,9 @@ def _accumulate(call: _Call) -> Any:
     scratch = workspace((c.slots * c.q.shape[-2] * 64 * c.width,), torch.float32, device)
     heads, common = c.q.shape[-2], {"VARLEN": c.sequences.varlen}
     width_v = hopper_bwd_width(c.v.shape[-1])
-    # for each 64 rows of a head: which tile of keys adds to them next
-    turn = workspace((c.slots * heads,), torch.int32, device) if c.config.DETERMINISTIC else None
+    # for each 64 rows of a head: which tile of keys adds to them next, to their last columns and to the first where
+    # these are added apart
+    turn = workspace((c.slots * heads, 2), torch.int32, device) if c.config.DETERMINISTIC else None
     strides = c.do.stride()[:3] if c.do.dim() == 4 else (0, *c.do.stride()[:2])
     cu_q = c.sequences.cu_seqlens_q
     launch(hopper_bwd_rows_kernel, c.slots * heads, device, [
