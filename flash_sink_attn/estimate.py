@@ -135,6 +135,9 @@ _EQUAL_SECTIONS = (4, 3, 2, 1)
 _L2_MB, _BEYOND_L2, _DOUBLING_UNDER_WINDOW = 50, 0.0008, 0.01
 _ROW_BYTES = 8  # of q, do and dQ, for each column
 _L2_MB_BEHIND = 52  # at most, where programs walk one behind the other and every tile is read all the time
+_L2_MB_BEHIND_WIDE = 40  # the same above head dim 128, where programs have half as many keys
+_PAIRS_TOGETHER = 16  # shares that go together where two programs add one dQ, under a window
+_ROUNDS_TOGETHER = 4  # of programs with up to two heads, of a section in one order under a window above head dim 128
 _WORTH, _WORTH_UNDER_WINDOW = 1.025, 1.005  # other sections are not thought of where they gain less
 # What a tile of a forward costs besides the keys it multiplies, in keys; anything from 100 to 200 does.
 _TILE_KEYS = 128
@@ -308,14 +311,15 @@ def shares_in_section(
         programs: that run at once; pairs of them, where two share a tile.
         ordered: whether dQ is added up in one order.
 
-    Head dims above 128, whose tiles have 64 keys or a pair's 128, are taken to behave as 128 does; they were not
-    measured.
+    Above head dim 128 see :func:`_wide_section`; of all else it is taken to behave as 128 does.
     """
     of = _Programs.of(seqlen_q, seqlen_k, window, head_dim, group, units, shares, block_n, programs)
     base, falling = of.section_at_once, ordered and window is None
     if ordered and one_behind(head_dim, of.heads[0], window):
         section = of.paired_section
         return Section(section, of.steps(section, falling))
+    if head_dim > 128 and (wide := _wide_section(of, window, block_n > 64, ordered)):
+        return Section(wide, of.steps(wide, falling))
     if not of.walked:
         return Section(base, of.steps(base))
     if ordered and window is not None:
@@ -339,6 +343,28 @@ def shares_in_section(
     return Section(best, of.steps(best) * cost(best))
 
 
+def _wide_section(of: _Programs, window: int | None, paired: bool, ordered: bool) -> int | None:
+    """The section above head dim 128 where it is known by measuring and not by counting, on an H200 (2026-11-29).
+
+    Under a window pairs of programs, whose sections of as many as run at once end unevenly, go by up to sixteen shares,
+    in one order all together: 64/8 x 192/128, 4096 tokens, window 2048, 0.90 with 8 for 4. At head dim 256 as many as
+    run at once are the best without an order; in one order four rounds of programs, the fewer the more heads a program
+    has: 16/16, 4096 tokens, window 1024, 0.83 with 8 for 16, 32/8 0.84 with 4 for 8. There, too, without a window two
+    rounds of programs that have two heads: 16/8, 4096 and 8192 tokens, 0.85 and 0.81.
+    """
+    base, heads = of.section_at_once, of.heads[0]
+    if window is not None and paired:
+        return max(base, of.all_shares if ordered else min(of.all_shares, _PAIRS_TOGETHER))
+    if window is not None and ordered:
+        programs = of.at_once * max(1, min(_ROUNDS_TOGETHER, 2 * _ROUNDS_TOGETHER // heads))
+        return max(base, min(of.all_shares, programs // len(of.seen)))
+    if window is not None:
+        return base
+    if ordered and not paired and heads == 2 and of.all_shares >= 4 * base:
+        return 2 * base
+    return None
+
+
 class _Programs(NamedTuple):
     """The programs that hold keys of a backward that adds dQ up, one at a time on each multiprocessor.
 
@@ -352,6 +378,7 @@ class _Programs(NamedTuple):
         begin: steps that a program costs besides those it goes through.
         at_once: programs that run at once.
         megabytes: of q, do and dQ of a share.
+        room: in L2, for those of the shares of a section where programs walk one behind the other.
     """
 
     seen: tuple[int, ...]
@@ -360,6 +387,7 @@ class _Programs(NamedTuple):
     begin: float
     at_once: int
     megabytes: float
+    room: float
 
     @classmethod
     def of(cls, seqlen_q: int, seqlen_k: int, window: int | None, head_dim: int, group: int, units: int, shares: int,
@@ -375,7 +403,8 @@ class _Programs(NamedTuple):
         heads = tuple(min(most, group - share * most) for share in range(shares))
         # above 128, which was not fitted, a program begins as at 128
         width, begin = hopper_bwd_width(head_dim), _ADDING[min(128, hopper_bwd_width(head_dim))].begin
-        return cls(tuple(seen), heads, units * shares, begin, at_once, _share_megabytes(most, seqlen_q, width))
+        return cls(tuple(seen), heads, units * shares, begin, at_once, _share_megabytes(most, seqlen_q, width),
+                   _L2_MB_BEHIND if width <= 128 else _L2_MB_BEHIND_WIDE)
 
     @property
     def section_at_once(self) -> int:
@@ -391,7 +420,7 @@ class _Programs(NamedTuple):
             section = -(-self.all_shares // wanted)
             count = -(-self.all_shares // section)
             even = count % 2 == 0 and count * section - self.all_shares <= section // 4
-            if even and section >= least and section * self.megabytes <= _L2_MB_BEHIND:
+            if even and section >= least and section * self.megabytes <= self.room:
                 worth.append(section)
         return min(worth, key=lambda section: self.steps(section, True), default=least)
 
