@@ -84,3 +84,21 @@ def allocated(ttgir: str, shape: str) -> list[int]:
     manager.run(module, "allocated")
     lines = (line for line in str(module).splitlines() if "local_alloc" in line and f"memdesc<{shape}x" in line)
     return [int(re.search(r"allocation.offset = (\d+)", line)[1]) for line in lines]  # type: ignore[index]
+
+
+def bounds_of_before(ttgir: str) -> list[str]:
+    """Bounds of the loops inside a loop over tiles that were computed before that one, and are neither constants nor
+    what it carries: what such a loop carries and uses as bounds alone Triton 3.6 takes for the first tile's."""
+    lines, found, end = ttgir.splitlines(), [], -1
+    for i, line in enumerate(lines):
+        loop = re.match(r"( +)%\S+ = scf\.(?:for|while) ", line)
+        if i <= end or not loop:
+            continue  # of the outermost loops
+        end = next(j for j in range(i + 1, len(lines)) if re.match(rf" {{{len(loop[1])}}}\}}(?! do)", lines[j]))
+        body = lines[i + 1:end]
+        inside = set(re.findall(r"(%\w+)(?::\d+)? = ", "\n".join([line, *body])))
+        inside |= set(re.findall(r"(%\w+): ", " ".join(x for x in body if "^bb" in x)))
+        for inner in body:
+            if bounds := re.search(r"scf\.for %\w+ = (%\w+)(?:#\d+)? to (%\w+)", inner):
+                found += [x for x in bounds.groups() if x not in inside and not re.match(r"%c\d", x)]
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flash_sink_attn.hopper import support
-from tests.compiling import built_in_halves
+from tests.compiling import bounds_of_before, built_in_halves
 from tests.hopper_cases import FAMILIES, case
 
 PROBLEM = support.gluon_problem()
@@ -32,7 +32,7 @@ import json, re, sys
 from flash_sink_attn.compile_only import set_target
 from flash_sink_attn.machine_code import disassemble, fault_of, shared_bytes
 from flash_sink_attn.sass_loops import matrix_loops
-from tests.compiling import build_and_listen
+from tests.compiling import bounds_of_before, build_and_listen
 from tests.hopper_cases import Case, build
 
 set_target(90)
@@ -44,6 +44,7 @@ for line in sys.stdin:
     print(json.dumps([name, dict(
         hgmma=len(re.findall(r"\\bHGMMA\\b", sass)), shared=shared_bytes(compiled), fault=fault_of(compiled),
         warnings=warnings, settled=re.findall(SETTLED, compiled.asm["ptx"]),
+        bounds=bounds_of_before(compiled.asm["ttgir"]),
         loops=[dict(order=x.order, masks=x.masks, spills=x.spills, serialised=x.serialised, overlapped=x.overlapped,
                     overlap=x.overlap, exponentials=x.events.count("exp")) for x in matrix_loops(sass)])]))
 """
@@ -71,6 +72,25 @@ def test_sums_that_settle_stay_what_they_are(built: dict[str, Any], family: str)
     assert bool(built[family]["settled"]) == (of.head_dim == 64 and of.window is None)
     for stored, to, source, to_second, second in built[family]["settled"]:
         assert stored == source and to not in (second, to_second), built[family]["settled"]
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_no_tile_goes_by_the_bounds_of_the_first(built: dict[str, Any], family: str) -> None:
+    assert built[family]["bounds"] == []
+
+
+def test_bounds_of_another_tile_are_found() -> None:
+    """As Triton 3.6 leaves a bound that is carried: by its first value."""
+    loop = """\
+      %edge = arith.minsi %a, %b : i32
+      %tiles:2 = scf.for %tile = %c0_i32 to %n step %c1_i32 iter_args(%x = %c0_i32, %stop = %first) -> (i32, i32) {
+        %more = arith.addi %stop, %x : i32
+        %sum = scf.for %i = %more to BOUND step %c1_i32 iter_args(%y = %x) -> (i32) {
+        }
+      }
+"""
+    assert bounds_of_before(loop.replace("BOUND", "%edge")) == ["%edge"]
+    assert bounds_of_before(loop.replace("BOUND", "%stop")) == bounds_of_before(loop.replace("BOUND", "%c4_i32")) == []
 
 
 @pytest.mark.parametrize("family", CASES)

@@ -165,14 +165,34 @@ def _load(tensors, shape: gl.constexpr):
 
 
 @gluon.jit
-def _scores(q, q2, k_smem, k2_smem, slot, BLOCK_N: gl.constexpr, D: gl.constexpr, D2: gl.constexpr,
-            S_LAYOUT: gl.constexpr):
-    """Starts S = Q K^T for the block in ``slot``."""
-    s = warpgroup_mma(q, k_smem.index(slot).reshape([BLOCK_N, D]).permute((1, 0)),
-                      gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT), use_acc=False, is_async=True)
+def _scores(q, q2, k_smem, k2_smem, slot, zero, BLOCK_N: gl.constexpr, D: gl.constexpr, D2: gl.constexpr):
+    """Starts S = Q K^T for the block in ``slot``; without D2, of as many of its first keys as ``zero`` has columns."""
+    k = k_smem.index(slot).reshape([BLOCK_N, D]).slice(0, zero.shape[1], dim=0)
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     if D2:
         s = warpgroup_mma(q2, k2_smem.index(slot).reshape([BLOCK_N, D2]).permute((1, 0)), s, is_async=True)
     return s
+
+
+@gluon.jit
+def _first_block(q, q2, k_smem, k2_smem, slot, reach, key, window, scale_log2, release, KEYS: gl.constexpr,
+                 BOTH: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, P_LAYOUT: gl.constexpr):
+    """(P, the running maximum, the sums) of a tile's first block, of which only the first KEYS keys are seen."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
+    s = _scores(q, q2, k_smem, k2_smem, slot, gl.zeros([64, KEYS], gl.float32, LAYOUT), BLOCK_N, D, D2)
+    s = warpgroup_mma_wait(0, deps=[s])
+    barrier_arrive(slot, release)
+    s = hide(s, reach, key, window, None, True, BOTH)
+    m = largest(quads(s))
+    m = gl.maximum(gl.max(m, axis=1) * scale_log2, FAR_BELOW)
+    m = gl.expand_dims(m, 1) + gl.zeros_like(largest(quads(s)))
+    p, l = exponentials(s, m, gl.zeros_like(m), scale_log2)
+    p = p.to(q.dtype)
+    if KEYS < BLOCK_N:
+        p = gl.join(p, gl.zeros_like(p)).permute((0, 2, 1)).reshape([64, BLOCK_N])
+    m = gl.convert_layout(m, reach.type.layout, assert_trivial=True)
+    l = gl.convert_layout(l, reach.type.layout, assert_trivial=True)
+    return hold_half(gl.convert_layout(p, P_LAYOUT, assert_trivial=True)), m, l
 
 
 @gluon.jit
@@ -192,7 +212,7 @@ def _step(acc, m, l, p16, q, q2, k_smem, k2_smem, v_smem, bars, slot, phase, bef
     """
     q_ready, k_ready, v_ready = bars
     OVERLAP: gl.constexpr = DV < 256
-    s = _scores(q, q2, k_smem, k2_smem, slot, BLOCK_N, D, D2, S_LAYOUT)
+    s = _scores(q, q2, k_smem, k2_smem, slot, gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT), BLOCK_N, D, D2)
     mbarrier.wait(v_ready.index(before), before_phase)
     acc = warpgroup_mma(p16, v_smem.index(before).reshape([BLOCK_N, DV]), acc, is_async=True)
     if OVERLAP:
@@ -316,15 +336,14 @@ def _compute_tile(tensors, place, rings, turn, round, INDEX: gl.constexpr, shape
             key = rightmost - skip * BLOCK_N
             mbarrier.wait(q_ready.index(at), q_phase)
             mbarrier.wait(k_ready.index(slot), phase)
-            s = _scores(q, q2, k_smem, k2_smem, slot, BLOCK_N, D, D2, S_LAYOUT)
-            s = warpgroup_mma_wait(0, deps=[s])
-            barrier_arrive(slot, last)
-            s = hide(s, reach, key, window, None, True, BOTH)
-            m = largest(quads(s))
-            m = gl.maximum(gl.max(m, axis=1) * scale_log2, FAR_BELOW)
-            m = gl.expand_dims(m, 1) + gl.zeros_like(largest(quads(s)))
-            p, l = exponentials(s, m, gl.zeros_like(m), scale_log2)
-            p16 = hold_half(gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT))
+            # Half a block is all that a warpgroup sees whose rows end in the middle of it. (Not with D2, where S came
+            # out wrong, see docs/hopper.md, Traps.)
+            if BLOCK_N == 128 and D2 == 0 and latest < key + 64:
+                p16, m, l = _first_block(q, q2, k_smem, k2_smem, slot, reach, key, window, scale_log2, last, 64, BOTH,
+                                         BLOCK_N, D, D2, P_LAYOUT)
+            else:
+                p16, m, l = _first_block(q, q2, k_smem, k2_smem, slot, reach, key, window, scale_log2, last, BLOCK_N,
+                                         BOTH, BLOCK_N, D, D2, P_LAYOUT)
             before = slot
             before_phase = phase
             slot, phase = advance(slot, phase, STAGES)
