@@ -344,7 +344,7 @@ def shares_in_section(
 
 
 def _wide_section(of: _Programs, window: int | None, paired: bool, ordered: bool) -> int | None:
-    """The section above head dim 128 where it is known by measuring and not by counting, on an H200 (2026-11-29).
+    """The section above head dim 128 where it is known by measuring and not by counting, on H200s (2026-11-30).
 
     Under a window pairs of programs, whose sections of as many as run at once end unevenly, go by up to sixteen shares,
     in one order all together: 64/8 x 192/128, 4096 tokens, window 2048, 0.90 with 8 for 4. At head dim 256 as many as

@@ -222,8 +222,8 @@ def test_no_section_is_slower_than_before(shape: tuple[Any, ...], then: int, rat
     assert {then: 1.0, **ratios}[section(key, shares, ordered).shares] <= 1.0
 
 
-# Above head dim 128, on an H200 (2026-11-29): (tokens, window, heads, batch, head dim, keys of a tile, in order), and by
-# section what a backward takes, of the time in the section of then or, in order, of the time without.
+# Above head dim 128, on H200s (2026-11-29 and 30): (tokens, window, heads, batch, head dim, keys of a tile, in order),
+# and by section what a backward takes, of the time in the section of then or, in order, of the time without.
 WIDE_SECTIONS: list[tuple[tuple[int, int | None, tuple[int, int], int, int, int, bool], dict[int, float]]] = [
     ((4096, 512, (16, 16), 1, 256, 64, True), {6: 1.166, 8: 1.124, 12: 1.145, 16: 1.140}),
     ((4096, 1024, (16, 16), 1, 256, 64, True), {4: 1.181, 6: 1.155, 8: 1.099, 10: 1.135, 12: 1.177, 16: 1.321}),
