@@ -192,10 +192,10 @@ def portable_window(key: ShapeKey) -> bool:
 def portable_backward(key: ShapeKey) -> bool:
     """Whether the window is one under which the portable backward is the faster one, at head dim 192.
 
-    In ms on an H200, portable and the best Hopper, 64/8 heads x 192/128, 4096 and 8192 tokens: a window of 128 0.406
-    and 0.429, 0.791 and 0.838; 192 0.491 and 0.481, 0.953 and 0.941; 256 0.575 and 0.533; 512 0.901 and 0.753; 2048
-    2.60 and 1.81. At head dim 256 the Hopper kernel is ahead from 128 on: 0.269 and 0.202 with 16/16 heads, 0.371 and
-    0.331 with 32/8 (results/h200/20261129T220501Z-windows-wide).
+    In ms on an H200, portable and the best Hopper, 64/8 heads x 192/128, 4096 and 8192 tokens: a window of 128 0.405
+    and 0.430, 0.782 and 0.844; 192 0.488 and 0.480, 0.951 and 0.949; 256 0.571 and 0.531; 512 0.896 and 0.751; 2048
+    2.62 and 1.64. At head dim 256 the Hopper kernel is ahead from 128 on: 0.268 and 0.202 with 16/16 heads, 0.368 and
+    0.328 with 32/8 (results/h200/20261130T002358Z-windows-wide).
     """
     return key.head_dim == 192 and key.window is not None and key.window <= _PORTABLE_WINDOW_192
 
