@@ -347,10 +347,10 @@ def _wide_section(of: _Programs, window: int | None, paired: bool, ordered: bool
     """The section above head dim 128 where it is known by measuring and not by counting, on H200s (2026-11-30).
 
     Under a window pairs of programs, whose sections of as many as run at once end unevenly, go by up to sixteen shares,
-    in one order all together: 64/8 x 192/128, 4096 tokens, window 2048, 0.90 with 8 for 4. At head dim 256 as many as
-    run at once are the best without an order; in one order four rounds of programs, the fewer the more heads a program
-    has: 16/16, 4096 tokens, window 1024, 0.83 with 8 for 16, 32/8 0.84 with 4 for 8. There, too, without a window two
-    rounds of programs that have two heads: 16/8, 4096 and 8192 tokens, 0.85 and 0.81.
+    in one order all together: 64/8 x 192/128, 4096 tokens, window 2048, 0.90 with 8 for 4. Of programs alone, measured
+    at head dim 256, as many as run at once are the best without an order; in one order four rounds of programs, the
+    fewer the more heads a program has: 16/16, 4096 tokens, window 1024, 0.83 with 8 for 16, 32/8 0.86 with 4 for 8.
+    There, too, without a window two rounds of programs that have two heads: 16/8, 4096 and 8192 tokens, 0.85 and 0.81.
     """
     base, heads = of.section_at_once, of.heads[0]
     if window is not None and paired:

@@ -86,10 +86,11 @@ def allocated(ttgir: str, shape: str) -> list[int]:
     return [int(re.search(r"allocation.offset = (\d+)", line)[1]) for line in lines]  # type: ignore[index]
 
 
-def bounds_of_before(ttgir: str) -> list[str]:
-    """Bounds of the loops inside a loop over tiles that were computed before that one, and are neither constants nor
-    what it carries: what such a loop carries and uses as bounds alone Triton 3.6 takes for the first tile's."""
-    lines, found, end = ttgir.splitlines(), [], -1
+def bounds_of_before(ttgir: str) -> tuple[list[str], int]:
+    """(Bounds of the loops inside a loop over tiles that were computed before that one, and are neither constants nor
+    what it carries; how many bounds there are): what such a loop carries and uses as bounds alone Triton 3.6 takes for
+    the first tile's. It does not see one that is a constant, or computed inside from such a value."""
+    lines, found, seen, end = ttgir.splitlines(), [], 0, -1
     for i, line in enumerate(lines):
         loop = re.match(r"( +)%\S+ = scf\.(?:for|while) ", line)
         if i <= end or not loop:
@@ -100,5 +101,6 @@ def bounds_of_before(ttgir: str) -> list[str]:
         inside |= set(re.findall(r"(%\w+): ", " ".join(x for x in body if "^bb" in x)))
         for inner in body:
             if bounds := re.search(r"scf\.for %\w+ = (%\w+)(?:#\d+)? to (%\w+)", inner):
+                seen += 2
                 found += [x for x in bounds.groups() if x not in inside and not re.match(r"%c\d", x)]
-    return found
+    return found, seen

@@ -143,6 +143,7 @@ FAMILIES: dict[str, tuple[tuple[int, int, HopperFwdConfig], int | None]] = {
     "64-narrow": ((64, 64, HopperFwdConfig(64, 32, 5, Q_STAGES=2, HEADS=3)), 37),
     "96": (ODD, None),
     "128": (CAUSAL_128, None),
+    "128-one-loop": ((128, 128, HopperFwdConfig(128, 128, 2, Q_STAGES=2, PROGRAMS_PER_SM=1, SPLIT_LOOPS=False)), None),
     "128-two-tiles": ((128, 128, HopperFwdConfig(128, 128, 2, Q_STAGES=2, PROGRAMS_PER_SM=1)), None),
     "128-three-warpgroups": ((128, 128, HopperFwdConfig(192, 64, 4, SHARE_Q=True, PROGRAMS_PER_SM=1)), None),
     "128-three-two-tiles": ((128, 128, HopperFwdConfig(192, 64, 3, Q_STAGES=2, SHARE_Q=True, PROGRAMS_PER_SM=1)), 512),

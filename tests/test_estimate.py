@@ -285,8 +285,22 @@ def test_a_section_exists_for_whatever_comes() -> None:
         for group, shares in ((1, 1), (5, 2), (7, 7)):
             for window in (None, 1, 4096):
                 for ordered in (False, True):
-                    found = shares_in_section(n, n, window, 128, group, batch * heads, shares, 64, 78, ordered)
-                    assert 1 <= found.shares <= max(1, batch * heads * shares) and found.steps >= 0
+                    for head_dim, keys in ((128, 64), (192, 128), (256, 64)):
+                        of = (n, n, window, head_dim, group, batch * heads, shares, keys, 78, ordered)
+                        found = shares_in_section(*of)
+                        assert 1 <= found.shares <= max(1, batch * heads * shares) and found.steps >= 0, of
+
+
+def test_programs_of_256_that_walk_one_behind_the_other_have_even_sections() -> None:
+    """Or as many shares as run at once, where no even number of sections is near to equal ones."""
+    for tokens in (700, 1500, 2048, 4096, 8192):
+        at_once = max(1, PROGRAMS_AT_ONCE // -(-tokens // 64))
+        for units in range(1, 65):
+            section = shares_in_section(tokens, tokens, None, 256, 1, units, 1, 64, ordered=True).shares
+            count = -(-units // section)
+            assert section == min(units, at_once) or (
+                count % 2 == 0 and 0 <= count * section - units <= section // 4), (tokens, units, section)
+            assert section * tokens * 256 * 8 <= 41e6 or section == min(units, at_once)
 
 
 def test_many_rounds_keep_as_many_as_run_at_once() -> None:

@@ -30,7 +30,7 @@ for _name in ("96-ordered", "128-ordered", "64-ordered-split-four"):
     CASES[f"{_name}-varlen"] = case(FAMILIES[_name], seqlens=(4096, 100), group=8 if "split" in _name else 2)
 for _name in ("192-ordered", "256-ordered"):
     CASES[f"{_name}-varlen"] = case(FAMILIES[_name], seqlens=(4096, 100), group=1)
-for _name in ("64", "128-recompute", "256"):
+for _name in ("64", "128-recompute", "256", "256-ordered"):
     CASES[f"{_name}-heads"] = case(FAMILIES[_name], seqlen_q=1000, seqlen_k=2000, group=1, dtype="float16", dlse=True)
 CASES["64-slide-no-sinks"] = case(FAMILIES["64-slide"], seqlen_q=4096, sinks="none", group=7, dtype="float16")
 # Kernels with a loop that multiplies and loads or stores what did not fit in registers at head dim 128: addresses, and

@@ -75,8 +75,8 @@ def test_groups(worker: Worker, family: str, group: int, heads_kv: int) -> None:
 
 @needs_hopper
 @pytest.mark.parametrize("window", [1, 37, 128, 256, 1000])
-@pytest.mark.parametrize("family", ["64", "64-one-loop", "64-packed", "64-window", "64-window-tokens", "128-window",
-                                    "256"])
+@pytest.mark.parametrize("family", ["64", "128-one-loop", "64-one-loop", "64-packed", "64-window", "64-window-tokens",
+                                    "128-window", "256"])
 def test_windows(worker: Worker, family: str, window: int) -> None:
     """Where the ring holds what 64 tokens see and where not; where the window's edge meets the diagonal."""
     judge(worker, case(FAMILIES[family][0], seqlen_q=700, seqlen_k=1100, window=window))
@@ -84,8 +84,8 @@ def test_windows(worker: Worker, family: str, window: int) -> None:
 
 @needs_hopper
 @pytest.mark.parametrize("seqlens_k", [(), (70, 2, 0, 63, 300, 64, 65, 3, 129)])
-@pytest.mark.parametrize("family", ["64", "64-packed", "64-window", "64-window-tokens", "96", "128", "128-window",
-                                    "128-three-two-tiles", "192", "256"])
+@pytest.mark.parametrize("family", ["64", "128-one-loop", "64-packed", "64-window", "64-window-tokens", "96", "128",
+                                    "128-window", "128-three-two-tiles", "192", "256"])
 def test_varlen(worker: Worker, family: str, seqlens_k: tuple[int, ...]) -> None:
     """Empty sequences, and lengths on both sides of a tile; NaN and infinities in one may not reach the next."""
     of, window = FAMILIES[family]
@@ -101,7 +101,7 @@ def test_many_sequences(worker: Worker) -> None:
 
 @needs_hopper
 @pytest.mark.parametrize("sinks", SINKS)
-@pytest.mark.parametrize("family", ["64", "64-packed", "64-window", "128"])
+@pytest.mark.parametrize("family", ["64", "128-one-loop", "64-packed", "64-window", "128"])
 def test_sinks(worker: Worker, family: str, sinks: str) -> None:
     of, window = FAMILIES[family]
     judge(worker, case(of, seqlen_q=260, seqlen_k=200, window=window, sinks=sinks, dtype="float16"))
@@ -110,7 +110,7 @@ def test_sinks(worker: Worker, family: str, sinks: str) -> None:
 @needs_hopper
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("values", VALUES[1:])
-@pytest.mark.parametrize("family", ["64", "64-packed", "64-window", "128", "192", "256"])
+@pytest.mark.parametrize("family", ["64", "128-one-loop", "64-packed", "64-window", "128", "192", "256"])
 def test_large_scores(worker: Worker, family: str, values: str, dtype: str) -> None:
     """The running maximum, which follows only what exceeds it by some slack, has to follow far and often."""
     of, window = FAMILIES[family]
@@ -126,7 +126,7 @@ def test_strides_are_read_in_place(worker: Worker, family: str, layout: str) -> 
 
 
 @needs_hopper
-@pytest.mark.parametrize("family", ["64", "64-packed", "64-window", "128", "128-window", "192-heads"])
+@pytest.mark.parametrize("family", ["64", "128-one-loop", "64-packed", "64-window", "128", "128-window", "192-heads"])
 def test_more_tiles_than_programs(worker: Worker, family: str) -> None:
     """A program's rings go on from tile to tile."""
     of, window = FAMILIES[family]
@@ -134,9 +134,9 @@ def test_more_tiles_than_programs(worker: Worker, family: str) -> None:
 
 
 @needs_hopper
-@pytest.mark.parametrize("family", ["64", "64-four-two-tiles", "64-three-two-tiles", "64-packed", "64-window",
-                                    "64-window-two-heads", "128", "128-two-tiles", "128-three-two-tiles", "128-alone",
-                                    "128-window", "128-window-tokens", "192-heads", "256"])
+@pytest.mark.parametrize("family", ["64", "128-one-loop", "64-four-two-tiles", "64-three-two-tiles", "64-packed",
+                                    "64-window", "64-window-two-heads", "128", "128-two-tiles", "128-three-two-tiles",
+                                    "128-alone", "128-window", "128-window-tokens", "192-heads", "256"])
 def test_more_tiles_of_a_packed_batch_than_programs(worker: Worker, family: str) -> None:
     """Tiles are drawn, and some slots are for none; the last draws of all programs find nothing."""
     of, window = FAMILIES[family]
