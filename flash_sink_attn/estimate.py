@@ -318,7 +318,7 @@ def shares_in_section(
     if ordered and one_behind(head_dim, of.heads[0], window):
         section = of.paired_section
         return Section(section, of.steps(section, falling))
-    if head_dim > 128 and (wide := _wide_section(of, window, block_n > 64, ordered)):
+    if head_dim > 128 and (wide := _wide_section(of, window, ordered, pairs=block_n > 64)):
         return Section(wide, of.steps(wide, falling))
     if not of.walked:
         return Section(base, of.steps(base))
@@ -343,7 +343,7 @@ def shares_in_section(
     return Section(best, of.steps(best) * cost(best))
 
 
-def _wide_section(of: _Programs, window: int | None, paired: bool, ordered: bool) -> int | None:
+def _wide_section(of: _Programs, window: int | None, ordered: bool, pairs: bool) -> int | None:
     """The section above head dim 128 where it is known by measuring and not by counting, on H200s (2026-11-30).
 
     Under a window pairs of programs, whose sections of as many as run at once end unevenly, go by up to sixteen shares,
@@ -351,16 +351,22 @@ def _wide_section(of: _Programs, window: int | None, paired: bool, ordered: bool
     at head dim 256, as many as run at once are the best without an order; in one order four rounds of programs, the
     fewer the more heads a program has: 16/16, 4096 tokens, window 1024, 0.83 with 8 for 16, 32/8 0.86 with 4 for 8.
     There, too, without a window two rounds of programs that have two heads: 16/8, 4096 and 8192 tokens, 0.85 and 0.81.
+
+    Args:
+        pairs: whether two programs share a tile. Of ``window`` and ``ordered`` see :func:`shares_in_section`.
+
+    Returns:
+        Shares, or None where counting decides.
     """
     base, heads = of.section_at_once, of.heads[0]
-    if window is not None and paired:
+    if window is not None and pairs:
         return max(base, of.all_shares if ordered else min(of.all_shares, _PAIRS_TOGETHER))
     if window is not None and ordered:
         programs = of.at_once * max(1, min(_ROUNDS_TOGETHER, 2 * _ROUNDS_TOGETHER // heads))
         return max(base, min(of.all_shares, programs // len(of.seen)))
     if window is not None:
         return base
-    if ordered and not paired and heads == 2 and of.all_shares >= 4 * base:
+    if ordered and not pairs and heads == 2 and of.all_shares >= 4 * base:
         return 2 * base
     return None
 

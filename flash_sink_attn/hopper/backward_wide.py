@@ -297,8 +297,9 @@ def hopper_bwd_wide_kernel(
 
     *_desc: descriptors of (batch, seqlen, heads, head_dim) with blocks of (1, 64, 1, D) or DV, and those with a 2 of
     the columns from D on in blocks of (1, 64, 1, D2), where D2 is not 0; see descriptors.describe. DQ: float32 scratch
-    of zeros, (64, D + D2) for each tile of each head in the order of scratch_offsets. Turn, Lse2, Delta,
-    STAGED: as hopper_bwd_keys_kernel's.
+    of zeros, (64, D + D2) for each tile of each head in the order of scratch_offsets. Turn: with ORDERED, int32 zeros,
+    two for each 64 rows of DQ: how many tiles of keys have added to their last columns, and to their first. Lse2,
+    Delta, STAGED: as hopper_bwd_keys_kernel's.
     """
     # by place, as the partitions take it apart
     shape: gl.constexpr = (GROUP, D, D2, DV, STAGES, VARLEN, WINDOW, ORDERED, STAGED)
